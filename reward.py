@@ -109,7 +109,7 @@ def _chunked_head():
             ctx.save_for_backward(hidden, weight, targets)
             ctx.temperature, ctx.chunk = temperature, chunk
             head = weight.float()
-            logprobs, entropy = hidden.new_empty(2, len(targets), dtype=torch.float32)
+            logprobs, entropy = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
             for i in range(0, len(targets), chunk):
                 part = slice(i, i + chunk)
                 logits = hidden[part].float() @ head.T / temperature  # (chunk, V)
@@ -421,6 +421,54 @@ def save_model(model, tokenizer, folder: Path, dtype) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         beside.rename(folder)
     dist.barrier()
+
+
+def save_checkpoint(folder: Path, step: int, model, optimizer) -> None:
+    """Writes folder/checkpoint-000040, beside and renamed, then removes the older ones. Collective.
+
+    Sharded, so that no rank ever holds the whole: any number of processes can read it back.
+    """
+    import shutil
+
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    path = folder / f"checkpoint-{step:06d}"
+    beside = path.with_name(path.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        beside.rename(path)
+        for other in folder.glob("checkpoint-*"):
+            if other != path:
+                shutil.rmtree(other)
+    dist.barrier()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder."""
+    return max((p for p in folder.glob("checkpoint-*") if p.suffix != ".partial"), default=None)
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> int:
+    """Fills model and optimizer from the newest checkpoint and returns its step, 0 if there is none. Collective."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    path = last_checkpoint(folder)
+    if path is None:
+        return 0
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=path)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory: float, sleep: bool = False):
