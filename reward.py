@@ -88,6 +88,19 @@ def load_tokenizer(folder: str):
     return tokenizer
 
 
+def same_tokenizer(a, a_folder: str, b, b_folder: str) -> None:
+    """Refuses two models whose ids mean different things: rewrites are exchanged as ids and scored as ids."""
+    same = a.get_vocab() == b.get_vocab() and a.chat_template == b.chat_template and stop_id(a) == stop_id(b)
+    check(
+        same, f"{a_folder} and {b_folder} differ in vocabulary, chat template or end token: they must share a tokenizer"
+    )
+
+
+def used_vocabulary(tokenizer) -> int:
+    """Number of ids that mean something; embeddings are often padded beyond it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 # === GRADER BEGIN ===
 # === GRADER END ===
 
@@ -196,10 +209,11 @@ def collate(rows: list[tuple[list[int], list[int]]], device, multiple: int = 8):
     return input_ids.to(device), mask.to(device)
 
 
-def score(model, rows: list[tuple[list[int], list[int]]], budget: int, device, desc: str = "") -> list:
+def score(model, rows: list[tuple[list[int], list[int]]], budget: int, device, desc: str = "", **head) -> list:
     """Per row, the log-probability of each response token given prompt and earlier tokens: a list of (T_i,) tensors.
 
-    A(y|x) is the mean of such a row. Collective: every rank calls it, also with no rows at all.
+    A(y|x) is the mean of such a row. `head` goes to `token_logprobs` (temperature, vocab, chunk). Collective: every
+    rank calls it, also with no rows at all.
     """
     import torch
     from tqdm import tqdm
@@ -209,7 +223,7 @@ def score(model, rows: list[tuple[list[int], list[int]]], budget: int, device, d
     with torch.no_grad():
         for batch in tqdm(batches, desc=desc, disable=not desc or bool(int(os.environ["RANK"])), unit="batch"):
             input_ids, mask = collate([rows[i] for i in batch], device)
-            logprobs, _ = model.token_logprobs(input_ids, mask)
+            logprobs, _ = model.token_logprobs(input_ids, mask, **head)
             for i, part in zip(batch, logprobs.cpu().split([len(rows[i][1]) for i in batch]) if batch else []):
                 result[i] = part
     return result
@@ -469,6 +483,40 @@ def load_checkpoint(folder: Path, model, optimizer) -> int:
     dcp.load(state, checkpoint_id=path)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(path.name.removeprefix("checkpoint-"))
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Once the final model is written, nobody resumes. Rank 0 removes; the caller needs no barrier."""
+    import shutil
+
+    if os.environ["RANK"] == "0":
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+
+
+def resume_metrics(folder: Path, step: int) -> list[dict]:
+    """metrics.jsonl and rollouts.jsonl up to `step`; what was logged beyond the checkpoint is run again and dropped."""
+    import torch.distributed as dist
+
+    kept: dict[str, list[dict]] = {}
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        path = folder / name
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        whole = [line for line in lines if line.endswith("}")]  # a kill can cut the last line
+        kept[name] = [row for row in map(json.loads, whole) if row["step"] <= step]
+    dist.barrier()  # every rank has read before rank 0 writes
+    if dist.get_rank() == 0:
+        for name, rows in kept.items():
+            if (folder / name).exists():
+                write_text(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+    return kept["metrics.jsonl"]
+
+
+def source_dtype(folder: str):
+    """The dtype that a model folder was saved in: a tuned model is saved in the same."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).dtype
 
 
 def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory: float, sleep: bool = False):
