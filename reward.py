@@ -310,8 +310,12 @@ def write_text(path: Path, text: str) -> None:
     beside.replace(path)
 
 
-def read_jsonl(path: str, fields: dict[str, type], key: tuple[str, ...] = ("id",)) -> list[dict]:
+def read_jsonl(
+    path: str, fields: dict[str, type], key: tuple[str, ...] = ("id",), optional: dict[str, type] | None = None
+) -> list[dict]:
     """Rows of a JSONL file. Each must hold `fields`, of these types and not empty; `key` must be unique.
+
+    Fields of `optional` may be missing, but where they stand they must be of their type.
 
     Ends the program with file, line and field otherwise. An integer is taken where a float is asked for.
     """
@@ -326,12 +330,16 @@ def read_jsonl(path: str, fields: dict[str, type], key: tuple[str, ...] = ("id",
             except json.JSONDecodeError as error:
                 die(f"{path}, line {number}: not JSON ({error.msg}); every line must be one JSON object")
             check(isinstance(row, dict), f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
-            for name, kind in fields.items():
+            present = {name: kind for name, kind in (optional or {}).items() if name in row}
+            for name, kind in {**fields, **present}.items():
                 check(name in row, f"{path}, line {number}: field '{name}' is missing")
                 value = row[name]
                 good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
                 check(good, f"{path}, line {number}: field '{name}' must be {kind.__name__}, found {value!r:.60}")
                 check(kind is not str or value.strip(), f"{path}, line {number}: field '{name}' is empty")
+                check(
+                    kind is not float or abs(value) < float("inf"), f"{path}, line {number}: field '{name}' is {value}"
+                )
             identity = tuple(row.get(name) for name in key)
             if identity in seen:
                 named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
@@ -363,6 +371,17 @@ def init_distributed():
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: a product of bf16 inputs is exact in it
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def peak_memory(device) -> int:
+    """Bytes: the most that tensors took on this rank's GPU so far; without a GPU, what the whole process took."""
+    import resource
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def compute_dtype(device):
