@@ -1,0 +1,434 @@
+"""The toy world: a small model, its problems and an expert who speaks differently, made from a seed on two CPU cores.
+
+The papers' setting in small. A *base* model (Qwen3, about 1M parameters) is pretrained from scratch on two tasks:
+
+    solve   problem -> solution in its native style                    "15+3=18. 18-11=7. \\boxed{7}"
+            mostly short problems; longer ones, and other wordings of long ones, are rare or absent
+    map     problem and a solution in one style -> the same solution in another style drawn at random, all lengths:
+            the general ability to rephrase, which a large model brings along and the mapper starts from
+
+The *expert* is right, but writes in words, in which the base has never solved anything:
+
+    "fifteen plus three is eighteen; eighteen minus eleven is seven. Hence \\boxed{7}"
+
+So imitating the expert costs the base what it can do, while the same solutions in native style (the *oracle*, which a
+real setting does not have) would teach it much. How much of that difference a method recovers is what the toy measures.
+Pretraining plants the styles that the mapper chooses from: the toy shows that a method works, not how far it carries.
+
+Written to --output_dir:
+    base/                 Hugging Face folder, tokenizer and chat template included
+    demos.jsonl           problems with expert solutions
+    oracle.jsonl          the same problems with native solutions, as a training set (source "oracle")
+    in_distribution.jsonl, shorter.jsonl, longer.jsonl, reworded.jsonl    benchmarks
+    validation.jsonl      their mixture, other problems
+The problem space is cut by a hash: pretraining, demonstrations and benchmarks never share a problem, and neither do the
+benchmarks of tuning seeds (100 and above) and of the seeds that results are reported for.
+
+Left out on purpose: FSDP, bf16, resuming inside pretraining (it takes minutes). Finished parts are skipped.
+
+    python runs/toy_world.py --output_dir out/toy/seed0/world --seed 0
+"""
+
+import json
+import math
+import random
+import re
+import shutil
+import sys
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import reward
+
+if __name__ != "__mp_main__":  # grading workers re-import this file and need no torch
+    import torch
+    from tqdm import tqdm
+
+
+@dataclass
+class Config:
+    output_dir: str = "out/toy/seed0/world"  # folder of the world
+    seed: int = 0  # draws problems, pretraining and weights; 100 and above are for tuning, results use those below
+    demos: int = 600  # demonstrations
+    benchmark_rows: int = 200  # problems in each benchmark and in the validation split
+    hidden_size: int = 128  # width of the model
+    layers: int = 4  # depth of the model
+    pretrain_tokens: int = 5_000_000  # prompt and response tokens seen in pretraining; fewer: a weaker base
+    map_share: float = 0.4  # share of these tokens spent on rewriting; more: a better mapper, a weaker solver
+    batch_tokens: int = 2048  # tokens in a micro-batch (padding included)
+    accumulate: int = 2  # micro-batches in an optimizer step: one length each, so one alone is a biased sample
+    learning_rate: float = 2e-3  # peak; warm-up over 3% of the steps, then cosine to a tenth
+
+    def __post_init__(self):
+        for name in ("demos", "benchmark_rows", "layers", "pretrain_tokens", "accumulate"):
+            reward.check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
+        reward.check(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
+        reward.check(
+            self.hidden_size > 0 and self.hidden_size % 64 == 0,
+            f"--hidden_size must be a multiple of 64, got {self.hidden_size}",
+        )
+        reward.check(0 <= self.map_share < 1, f"--map_share must be in [0, 1), got {self.map_share}")
+        reward.check(self.batch_tokens >= 512, f"--batch_tokens must be at least 512, got {self.batch_tokens}")
+        reward.check(0 < self.learning_rate < 1, f"--learning_rate must be in (0, 1), got {self.learning_rate}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems: a start and a list of signed operands, every running total in 0..99. A chain of n operands has n steps.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LARGEST, LARGEST_OPERAND = 99, 40
+WORDINGS = [  # opening, addition, subtraction, question; the first is the demonstrations'
+    ("Start with {}.", " Add {}.", " Subtract {}.", " Result?"),
+    ("Tom owns {} coins.", " He finds {}.", " He loses {}.", " How many now?"),
+    ("Begin at {}", ", go up {}", ", go down {}", ". Where?"),
+]
+SOLVE_LENGTHS = {1: 0.30, 2: 0.30, 3: 0.20, 4: 0.10, 5: 0.05, 6: 0.03, 7: 0.013, 8: 0.007}  # main wording
+REWORDED_LENGTHS = {1: 0.5, 2: 0.5}  # what pretraining sees of the other wordings
+REWORDED_SHARE = 0.2
+DEMO_LENGTHS = {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.2}
+SUITES = {  # lengths and wordings of each benchmark
+    "in_distribution": (DEMO_LENGTHS, [0]),
+    "shorter": ({1: 0.5, 2: 0.5}, [0]),
+    "longer": ({7: 0.5, 8: 0.5}, [0]),
+    "reworded": (DEMO_LENGTHS, [1, 2]),
+}
+BUCKETS = {"tuning": {0}, "benchmark": {1}, "demos": {2, 3}, "pretrain": {4, 5, 6, 7}}  # of the hash of a chain
+
+
+def draw(rng: random.Random, length: int, buckets: set[int]) -> tuple[int, ...]:
+    """A chain (start, +-operand, ...) of `length` steps whose hash falls into one of the buckets."""
+    while True:
+        total = rng.randint(1, LARGEST)
+        chain = [total]
+        for _ in range(length):
+            operand = rng.choice(
+                [k for k in range(-LARGEST_OPERAND, LARGEST_OPERAND + 1) if 0 <= total + k <= LARGEST and k]
+            )
+            chain.append(operand)
+            total += operand
+        if zlib.crc32(repr(chain).encode()) % 8 in buckets:
+            return tuple(chain)
+
+
+def pick(rng: random.Random, weights: dict):
+    return rng.choices(list(weights), list(weights.values()))[0]
+
+
+def word_problem(chain: tuple[int, ...], wording: int) -> str:
+    opening, add, subtract, question = WORDINGS[wording]
+    steps = "".join((add if k > 0 else subtract).format(abs(k)) for k in chain[1:])
+    return opening.format(chain[0]) + steps + question
+
+
+def read_problem(problem: str) -> tuple[int, ...]:
+    """The chain behind a problem's text, in any wording."""
+    start, *numbers = re.findall(r"\d+", problem)
+    signs = re.findall(r"Add|Subtract|finds|loses|up|down", problem)
+    return (int(start), *(int(k) * (1 if s in ("Add", "finds", "up") else -1) for k, s in zip(numbers, signs)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Styles: one chain, four ways to write its solution.
+# ---------------------------------------------------------------------------------------------------------------------
+
+UNITS = re.findall(
+    r"\w+",
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen",
+)
+TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
+STYLES = ("native", "expert", "spoken", "table")
+MAP_SOURCES = {"expert": 0.7, "native": 0.1, "spoken": 0.1, "table": 0.1}
+MAP_TARGETS = ("native", "spoken", "table")  # the expert's style is foreign: the base never writes it
+
+
+def in_words(number: int) -> str:
+    if number < 20:
+        return UNITS[number]
+    return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
+
+
+def solution(chain: tuple[int, ...], name: str) -> str:
+    """The solution of a chain in one of STYLES."""
+    total, steps = chain[0], []
+    for k in chain[1:]:
+        after, size = total + k, abs(k)
+        if name == "native":
+            steps.append(f"{total}{'+' if k > 0 else '-'}{size}={after}.")
+        elif name == "expert":
+            sign = "plus" if k > 0 else "minus"
+            steps.append(f"{in_words(total)} {sign} {in_words(size)} is {in_words(after)}")
+        elif name == "spoken":
+            steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
+        else:
+            steps.append(f"[{total} | {'add' if k > 0 else 'sub'} {size} | {after}]")
+        total = after
+    joined = {"expert": "; "}.get(name, " ").join(steps)
+    ending = {"native": " ", "expert": ". Hence ", "spoken": " So ", "table": " -> "}[name]
+    return f"{joined}{ending}\\boxed{{{total}}}"
+
+
+def style(text: str) -> str:
+    """Which style a text is written in, by every one of its steps: "native", "expert", or "other"."""
+    body = text.partition("\\boxed")[0].strip()
+    if re.fullmatch(r"(\d+[+-]\d+=\d+\. ?)+", body):
+        return "native"
+    word = r"[a-z]+(-[a-z]+)?"
+    if re.fullmatch(rf"({word} (plus|minus) {word} is {word}(; |\. ))+Hence", body):
+        return "expert"
+    return "other"
+
+
+VALUES = {in_words(n): n for n in range(100)}
+SIGNS = {"+": "+", "plus": "+", "add": "+", "adding": "+", "-": "-", "minus": "-", "sub": "-", "taking": "-"}
+SYMBOL = re.compile(r"\d+|" + "|".join(sorted((*VALUES, *SIGNS), key=len, reverse=True)).replace("+", r"\+"))
+
+
+def steps_right(problem: str, text: str) -> bool:
+    """Whether every step of a solution is there, in order and right, in digits or words, and the box at its end too.
+
+    The world knows its own problems, so this judges strictly what a general grader can only sample. Reduced to numbers
+    and signs, a right step reads "total sign operand result"; the total may be left out, being the last result.
+    """
+    chain = read_problem(problem)
+    text = re.sub(r"->", " ", text.lower())
+    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text))
+    total, pattern = chain[0], ""
+    for k in chain[1:]:
+        pattern += rf"({total} )?{re.escape('+' if k > 0 else '-')} {abs(k)} {total + k} "
+        total += k
+    return re.fullmatch(pattern + str(total), found) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer and model.
+# ---------------------------------------------------------------------------------------------------------------------
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# A digit is a token of its own; a space goes with the word behind it, or, before a digit, with what stands before it.
+PIECES = r"\n|\d| ?\\boxed\{| ?[A-Za-z]+(?: (?=\d))?| ?[^\sA-Za-z\d]+(?: (?=\d))?|\s"
+
+
+def build_tokenizer(rng: random.Random):
+    """Byte-level BPE trained on the world's text. The fixed sentences of the prompts are one token each: they carry no
+    information here, and would be half of all tokens."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = ["user\nassistant\nsystem"] * 100 + [f"{a}+{b}={c}. {a}-{b}={c}." for a, b, c in ["123", "456", "789"]]
+    for _ in range(2000):
+        chain = draw(rng, rng.randint(1, 8), BUCKETS["pretrain"])
+        texts += [word_problem(chain, w) for w in range(len(WORDINGS))] + [solution(chain, s) for s in STYLES]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        min_frequency=20,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fixed = reward.solve_prompt("@").split("@") + reward.map_prompt("@", "@").split("@")
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(fixed) if piece])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=CHAT
+    )
+
+
+def build_model(config: Config, tokenizer):
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(config.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=3 * config.hidden_size,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.hidden_size // 32,
+            num_key_value_heads=config.hidden_size // 32,
+            head_dim=32,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=reward.stop_id(tokenizer),
+            bos_token_id=None,
+        )
+    )
+    for field in ("eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, field, getattr(model.config, field))
+    model.generation_config.do_sample = True
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pretraining.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def solve_row(rng: random.Random) -> tuple[str, str]:
+    wording = rng.randrange(1, len(WORDINGS)) if rng.random() < REWORDED_SHARE else 0
+    chain = draw(rng, pick(rng, REWORDED_LENGTHS if wording else SOLVE_LENGTHS), BUCKETS["pretrain"])
+    return reward.solve_prompt(word_problem(chain, wording)), solution(chain, "native")
+
+
+def map_row(rng: random.Random) -> tuple[str, str]:
+    chain = draw(rng, rng.randint(1, 8), BUCKETS["pretrain"])
+    source = pick(rng, MAP_SOURCES)
+    target = rng.choice([s for s in MAP_TARGETS if s != source])
+    return reward.map_prompt(word_problem(chain, 0), solution(chain, source)), solution(chain, target)
+
+
+def encode(tokenizer, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """What reward.prompt_ids and reward.response_ids give, for many rows at once (a template a row is slow)."""
+    before, after = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "@"}], add_generation_prompt=True, tokenize=False
+    ).split("@")
+    prompts = tokenizer([before + p + after for p, _ in rows], add_special_tokens=False)["input_ids"]
+    responses = tokenizer([r for _, r in rows], add_special_tokens=False)["input_ids"]
+    encoded = [(p, r + [reward.stop_id(tokenizer)]) for p, r in zip(prompts, responses)]
+    first = (reward.prompt_ids(tokenizer, rows[0][0]), reward.response_ids(tokenizer, rows[0][1]))
+    reward.check(encoded[0] == first, "the toy's tokenizer and reward.py disagree on a prompt: the world is broken")
+    return encoded
+
+
+def batches(config: Config, tokenizer, rng: random.Random):
+    """Endless micro-batches. Rows are drawn 200k tokens at a time, so that rows of one length meet in one batch."""
+    share = config.map_share
+    while True:
+        rows: list = []
+        for kind, part in ((solve_row, 1 - share), (map_row, share)):
+            tokens = 0
+            while tokens < part * 200_000:
+                fresh = encode(tokenizer, [kind(rng) for _ in range(200)])
+                rows += fresh
+                tokens += sum(len(p) + len(r) for p, r in fresh)
+        groups = reward.micro_batches([len(p) + len(r) for p, r in rows], config.batch_tokens)
+        rng.shuffle(groups)
+        for group in groups:
+            yield [rows[i] for i in group]
+
+
+def pretrain(config: Config, model, tokenizer) -> None:
+    """Next-token cross-entropy on responses; the learning rate follows the share of tokens that was seen."""
+    source = batches(config, tokenizer, random.Random(f"pretrain {config.seed}"))
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98)
+    )
+    seen, steps, average, started = 0, 0, None, time.perf_counter()
+    with tqdm(total=config.pretrain_tokens, desc="pretraining", unit="tok", unit_scale=True) as bar:
+        while seen < config.pretrain_tokens:
+            done = seen / config.pretrain_tokens
+            rate = config.learning_rate * min(1, (done + 1e-3) / 0.03) * (0.55 + 0.45 * math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            parts = [next(source) for _ in range(config.accumulate)]
+            count = sum(len(r) for part in parts for _, r in part)
+            loss = 0.0
+            for part in parts:
+                input_ids, mask = reward.collate(part, "cpu")
+                logprobs, _ = reward.token_logprobs(model, input_ids, mask, chunk=4096)
+                part_loss = -logprobs.sum() / count
+                part_loss.backward()
+                loss += part_loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens = sum(len(p) + len(r) for part in parts for p, r in part)
+            seen, steps = seen + tokens, steps + 1
+            average = loss if average is None else 0.95 * average + 0.05 * loss
+            bar.update(tokens)
+            bar.set_postfix(loss=f"{average:.3f}", lr=f"{rate:.1e}")
+    seconds = time.perf_counter() - started
+    print(
+        f"pretraining: {steps} steps, {seen:,} tokens, {seconds:.0f} s, {seen / seconds:,.0f} tokens/s, {average=:.3f}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data files.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unique(rng: random.Random, count: int, lengths: dict, buckets: set[int], taken: set) -> list[tuple[int, ...]]:
+    """`count` chains that are not in `taken`, which they join."""
+    chains = []
+    while len(chains) < count:
+        chain = draw(rng, pick(rng, lengths), buckets)
+        if chain not in taken:
+            taken.add(chain)
+            chains.append(chain)
+    return chains
+
+
+def data_files(config: Config) -> dict[str, list[dict]]:
+    """File name -> rows."""
+    rng, taken = random.Random(f"data {config.seed}"), set()
+    files: dict[str, list[dict]] = {"demos.jsonl": [], "oracle.jsonl": [], "validation.jsonl": []}
+    for i, chain in enumerate(unique(rng, config.demos, DEMO_LENGTHS, BUCKETS["demos"], taken)):
+        row = {"id": f"demo-{i}", "problem": word_problem(chain, 0), "answer": str(sum(chain))}
+        files["demos.jsonl"].append({**row, "solution": solution(chain, "expert")})
+        oracle = {"source": "oracle", "sample": 0, "weight": 1.0, "align": 0.0, "expert_align": 0.0}
+        files["oracle.jsonl"].append({**row, "solution": solution(chain, "native"), **oracle})
+    buckets = BUCKETS["tuning" if config.seed >= 100 else "benchmark"]
+    for suite, (lengths, wordings) in SUITES.items():
+        chains = unique(rng, config.benchmark_rows + config.benchmark_rows // len(SUITES), lengths, buckets, taken)
+        rows = [
+            {
+                "id": f"{suite}-{i}",
+                "problem": word_problem(chain, wordings[i % len(wordings)]),
+                "answer": str(sum(chain)),
+            }
+            for i, chain in enumerate(chains)
+        ]
+        files[f"{suite}.jsonl"] = rows[: config.benchmark_rows]
+        files["validation.jsonl"] += rows[config.benchmark_rows :]
+    return files
+
+
+def main():
+    config = reward.parse_config(Config)
+    folder = Path(config.output_dir)
+    reward.save_config(config, folder)
+    started = time.perf_counter()
+
+    # --- 1. data ---
+    for name, rows in data_files(config).items():
+        if not (folder / name).exists():
+            reward.write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"data: {time.perf_counter() - started:.1f} s")
+
+    # --- 2. base model ---
+    base = folder / "base"
+    if base.exists():
+        print(f"{base} is there already")
+        return
+    tokenizer = build_tokenizer(random.Random(f"tokenizer {config.seed}"))
+    model = build_model(config, tokenizer)
+    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    pretrain(config, model, tokenizer)
+    beside = base.with_name("base.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    beside.rename(base)
+    print(f"world: {time.perf_counter() - started:.0f} s, in {folder}")
+
+
+if __name__ == "__main__":
+    reward.run(main)
