@@ -337,9 +337,8 @@ def read_jsonl(
                 good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
                 check(good, f"{path}, line {number}: field '{name}' must be {kind.__name__}, found {value!r:.60}")
                 check(kind is not str or value.strip(), f"{path}, line {number}: field '{name}' is empty")
-                check(
-                    kind is not float or abs(value) < float("inf"), f"{path}, line {number}: field '{name}' is {value}"
-                )
+                finite = kind is not float or abs(value) < float("inf")
+                check(finite, f"{path}, line {number}: field '{name}' must be a finite number, found {value}")
             identity = tuple(row.get(name) for name in key)
             if identity in seen:
                 named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))

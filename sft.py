@@ -1,0 +1,276 @@
+"""Stage 3: fine-tune the target on a training set (plain PyTorch loop, FSDP2).
+
+Every row is one question and one answer to imitate. The question is asked exactly as evaluation asks it, and the
+answer ends with the stop id, whose loss counts: a model that is never taught to stop does not stop. One loss for all:
+
+    L = 1/N  sum over rows i, response tokens t  [ - w_i * sg[p_t^a] * log p_t ]
+
+    w_i  the row's `weight` (1.0 where it has none)
+    p_t  the model's probability of the token; sg[] lets no gradient through
+    a    0: SFT, cross entropy (`--loss sft`)
+         1: DFT, arXiv 2508.05629 (`--loss dft`). Its gradient is that of -p_t: tokens that the model finds improbable
+         no longer pull without bound. It is also Mind the Gap's importance weight with behaviour probability 1.
+    N    the *global* number of response tokens of the optimizer step, all ranks and all micro-batches: a mean of means
+         would let the result depend on how many processes and micro-batches there are
+
+DART is `--loss sft` on rewrite.py's mapper rewrites, Mind the Gap `--method resolve` and either loss,
+rejection-sampling fine-tuning `--method self`, plain SFT the demonstrations themselves. Left out: packing (rows are
+grouped by length, so little is padding), LoRA, evaluation during training (evaluate.py does that), tensor and pipeline
+parallelism.
+
+A killed run goes on from its last checkpoint when the same command is given again. `--start_from` carries model,
+optimizer and step of another run on with other data, along one schedule of `--schedule_steps`.
+
+One GPU or CPU:  python sft.py --model Qwen/Qwen3-0.6B --data train.jsonl --output_dir out/sft
+One node:        torchrun --nproc-per-node 8 sft.py --model ... --data ... --output_dir ...
+Several nodes:   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft.py ...
+                 (on every node, with --output_dir in a folder that all of them see)
+"""
+
+import functools
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import reward
+
+POWER = {"sft": 0.0, "dft": 1.0}  # a of each preset
+
+
+@dataclass
+class Config:
+    # What is trained
+    model: str  # the target: a Hugging Face folder or hub name
+    data: str  # JSONL with id, problem, solution, optionally weight: a training set of rewrite.py, or demonstrations
+    output_dir: str  # run folder: config.json, metrics.jsonl, checkpoint-*, and at the end model/
+    start_from: str = ""  # run folder whose last checkpoint (model, optimizer, step) is carried on; leave it as it is
+    # The loss
+    loss: str = "sft"  # sft (cross entropy) or dft (times the token's own probability: gentler with foreign text)
+    # Schedule
+    lr: float = 1e-5  # peak learning rate; too high and what the target could do before is forgotten
+    steps: int = 0  # optimizer steps of this run; 0 = as many as `epochs` needs
+    epochs: float = 1.0  # passes over the data when steps is 0 (the last batch is filled up from the next pass)
+    batch_size: int = 32  # rows per optimizer step, all ranks together
+    schedule_steps: int = 0  # length of the cosine over all runs of a start_from chain; 0 = it ends with this run
+    warmup: float = 0.05  # share of the schedule in which the rate rises linearly
+    min_lr_ratio: float = 0.1  # the rate at the schedule's end, as a share of lr
+    # Optimizer (AdamW, fp32 master weights)
+    weight_decay: float = 0.0  # on matrices only, norms and biases are left alone
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # AdamW's memory of its square; lower forgets a spike sooner
+    max_grad_norm: float = 1.0  # the global gradient norm is clipped to this
+    # Memory and speed; none of these changes the result
+    max_length: int = 4096  # tokens of prompt and response; longer rows are named and dropped, never truncated
+    micro_batch_tokens: int = 16384  # padded tokens in one pass of one rank; lower it when memory runs out
+    gradient_checkpointing: bool = False  # recompute activations in backward: a third slower, much less memory
+    head_chunk: int = 256  # tokens whose logits exist at one time
+    # The run
+    seed: int = 0  # order of the rows
+    save_every: int = 0  # steps between checkpoints; 0 = none during the run
+    log_every: int = 1  # steps between rows of metrics.jsonl
+
+    def __post_init__(self):
+        check = reward.check
+        check(self.loss in POWER, f"--loss must be one of {', '.join(POWER)}, got {self.loss}")
+        check(0 < self.lr < 1, f"--lr must be between 0 and 1, got {self.lr}")
+        check(0 < self.epochs < math.inf, f"--epochs must be above 0, got {self.epochs}")
+        check(0 <= self.warmup <= 1, f"--warmup must be a share from 0 to 1, got {self.warmup}")
+        check(0 <= self.min_lr_ratio <= 1, f"--min_lr_ratio must be a share from 0 to 1, got {self.min_lr_ratio}")
+        check(0 <= self.weight_decay < math.inf, f"--weight_decay must be 0 or more, got {self.weight_decay}")
+        check(self.max_grad_norm > 0, f"--max_grad_norm must be above 0, got {self.max_grad_norm}")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"--{name} must be from 0 to below 1, got {getattr(self, name)}")
+        for name in ("batch_size", "max_length", "micro_batch_tokens", "head_chunk", "log_every"):
+            check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "schedule_steps", "save_every", "seed"):
+            check(getattr(self, name) >= 0, f"--{name} must be 0 or more, got {getattr(self, name)}")
+
+
+def token_loss(logprobs, weights, power: float):
+    """- w * sg[p^a] * log p for every token; logprobs and weights are (N,)."""
+    return -weights * (power * logprobs.detach()).exp() * logprobs
+
+
+def learning_rate(config: Config, step: int, total: int) -> float:
+    """Linear warm-up, then a cosine from lr down to lr * min_lr_ratio; `step` counts from 0."""
+    warm = round(config.warmup * total)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+@functools.lru_cache(maxsize=2)
+def order(seed: int, epoch: int, count: int) -> list[int]:
+    """The order of an epoch, a pure function of its arguments: a resumed run finds its place without stored state."""
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
+def batch_rows(index: int, size: int, count: int, seed: int) -> list[int]:
+    """Row numbers of batch `index` in the endless sequence of epochs, each a fresh order of `count` rows."""
+    return [order(seed, place // count, count)[place % count] for place in range(index * size, (index + 1) * size)]
+
+
+def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
+    """Splits a batch into micro-batches of at most `budget` padded tokens: one list of equal length for each rank.
+
+    Formed globally and dealt out in order of length, so that ranks which wait for each other in every pass have like
+    work. The fewest passes are made, each as even as can be: 2 ranks share what would fit into a single micro-batch.
+    """
+    count = -(-len(reward.micro_batches(lengths, budget)) // world) * world
+    low, high = max(lengths), max(lengths + [budget])
+    while low < high:  # the smallest budget that needs no more micro-batches than these
+        middle = (low + high) // 2
+        if len(reward.micro_batches(lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    batches = reward.micro_batches(lengths, high)
+    batches += [[]] * (-len(batches) % world)
+    return [batches[rank::world] for rank in range(world)]
+
+
+def read_rows(config: Config) -> list[dict]:
+    """Rows of the training set. A problem may stand several times, by source and sample."""
+    fields = {"id": str, "problem": str, "solution": str}
+    rows = reward.read_jsonl(config.data, fields, ("id", "source", "sample"), optional={"weight": float})
+    for row in rows:
+        row.setdefault("weight", 1.0)
+    return rows
+
+
+def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[float], list[str]]:
+    """((prompt ids, response ids), weight) of the rows that fit, and the ids of those that do not."""
+    pairs, weights, dropped = [], [], []
+    for row in rows:
+        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
+        response = reward.response_ids(tokenizer, row["solution"])
+        if len(prompt) + len(response) > limit:
+            dropped.append(row["id"])
+        else:
+            pairs.append((prompt, response))
+            weights.append(float(row["weight"]))
+    return pairs, weights, dropped
+
+
+def main():
+    config = reward.parse_config(Config)
+    folder = Path(config.output_dir)
+
+    # --- 1. data, checked before any model is loaded ---
+    from transformers import AutoConfig
+
+    rows = read_rows(config)
+    first = 0  # the step this run starts from: its predecessor's last
+    if config.start_from:
+        carried = reward.last_checkpoint(Path(config.start_from))
+        reward.check(carried, f"--start_from {config.start_from}: no checkpoint there (is its --schedule_steps set?)")
+        first = int(carried.name.removeprefix("checkpoint-"))
+    tokenizer = reward.load_tokenizer(config.model)
+    source = AutoConfig.from_pretrained(config.model)
+    limit = min(config.max_length, source.max_position_embeddings)
+    pairs, weights, dropped = tokenize(tokenizer, rows, limit)
+    reward.check(pairs, f"{config.data}: no row fits into {limit} tokens; raise --max_length")
+    steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch_size)
+    end = first + steps
+    total = config.schedule_steps or end
+    reward.check(end <= total, f"--schedule_steps must be at least {end} (steps {first} to {end}), got {total}")
+    reward.save_config(config, folder)
+    if (folder / "model").exists():
+        return print(f"{folder / 'model'} is there: this run is finished")
+
+    # --- 2. model and optimizer ---
+    rank, world, device = reward.init_distributed()
+    if rank == 0 and dropped:
+        named = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
+        print(f"{len(dropped)} of {len(rows)} rows are longer than {limit} tokens and are dropped: {named}", flush=True)
+    model = reward.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    parameters = list(model.parameters())
+    betas = (config.beta1, config.beta2)
+    groups = [
+        dict(params=[p for p in parameters if p.ndim > 1], weight_decay=config.weight_decay, betas=betas),
+        dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0, betas=betas),
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
+    step = reward.load_checkpoint(folder, model, optimizer)
+    if not step and config.start_from:
+        step = reward.load_checkpoint(Path(config.start_from), model, optimizer)
+        for loaded, group in zip(optimizer.param_groups, groups):
+            loaded.update(weight_decay=group["weight_decay"], betas=betas)  # the flags of this run, not of the other
+
+    metrics = folder / "metrics.jsonl"
+    if rank == 0:  # what a killed run wrote beyond its last checkpoint is done again
+        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+        whole = [line for line in lines if line.endswith("}\n")]
+        reward.write_text(metrics, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+    bar = tqdm(total=end, initial=step, desc=config.loss, unit="step", disable=rank > 0)
+    while step < end:
+        # --- 3. one batch: which rows, which rank, how many tokens ---
+        start = time.perf_counter()
+        torch.manual_seed(config.seed + step)  # only a model with dropout draws from it
+        batch = batch_rows(step - first, config.batch_size, len(pairs), config.seed)
+        lengths = [len(pairs[i][0]) + len(pairs[i][1]) for i in batch]
+        tokens = sum(len(pairs[i][1]) for i in batch)  # N, known to every rank without asking the others
+        lr = learning_rate(config, step, total)
+
+        # --- 4. gradient ---
+        sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, log p and w * p
+        for part in deal(lengths, config.micro_batch_tokens, world)[rank]:
+            chosen = [batch[i] for i in part]
+            input_ids, mask = reward.collate([pairs[i] for i in chosen], device)  # (B, T) both
+            logprobs, _ = model.token_logprobs(input_ids, mask, chunk=config.head_chunk)  # (n,)
+            w = torch.tensor([weights[i] for i in chosen for _ in pairs[i][1]], device=device)  # (n,)
+            # L = 1/N sum [ - w_i * sg[p_t^a] * log p_t ]; an empty micro-batch sums to 0 and only keeps ranks in step
+            loss = token_loss(logprobs, w, POWER[config.loss]).sum() / tokens
+            loss.backward()
+            with torch.no_grad():
+                sums += torch.stack([loss * tokens, logprobs.sum(), (w * logprobs.exp()).sum()])
+        dist.all_reduce(sums)
+
+        # --- 5. update ---
+        norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).full_tensor().item()
+        reward.check(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; lower --lr")
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        # --- 6. log and save ---
+        loss, logprob, prob = (sums / tokens).tolist()
+        seconds = time.perf_counter() - start
+        if rank == 0 and (step % config.log_every == 0 or step == end):
+            row = dict(step=step, epoch=(step - first) * config.batch_size / len(pairs), loss=loss, logprob=logprob)
+            row |= dict(weighted_prob=prob, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=tokens / seconds)
+            row |= dict(seconds=seconds, peak_memory=reward.peak_memory(device))
+            with metrics.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.update()
+        # the last step needs one only if somebody will carry the schedule on
+        if total > end if step == end else config.save_every and step % config.save_every == 0:
+            reward.save_checkpoint(folder, step, model, optimizer)
+    bar.close()
+
+    # --- 7. the trained model, a plain Hugging Face folder in the dtype it came in ---
+    reward.save_model(model, tokenizer, folder / "model", source.dtype or torch.float32)
+    if rank == 0:
+        print(f"saved {folder / 'model'}", flush=True)
+        if total == end:
+            for old in folder.glob("checkpoint-*"):
+                shutil.rmtree(old)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    reward.run(main)
