@@ -1,7 +1,7 @@
 """Stage 1: GRPO, written by hand. Trains the mapper (task="map"), or the target itself (task="solve").
 
-task="map"    the policy M reads problem and expert solution, p(x, y°), and writes a rewrite y. The reward asks whether y
-              is right, honest, and natural for the frozen target π: see `reward.judge` and `reward.mapper_reward`.
+task="map"    the policy M reads problem and expert solution, p(x, y°), and writes a rewrite y. The reward asks whether
+              y is right, honest, and natural for the frozen target π: see `reward.judge` and `reward.mapper_reward`.
               (DART, arXiv 2605.26924. Its exact reward is not public; this one is our reconstruction.)
 task="solve"  the policy reads the plain question and is rewarded for a right answer: direct RL, the baseline.
 
@@ -13,17 +13,19 @@ For rollout i with tokens t, engine log-probabilities log π_vllm and N response
     L    = - 1/N Σ_{i,t} sg[min(exp(log π_old - log π_vllm), 2)] · min(r_t A_i, clip(r_t, 1-0.2, 1+0.28) A_i)
            + beta_kl/N Σ_{i,t} k3(π_ref, π_θ),      k3 = exp(log π_ref - log π_θ) - (log π_ref - log π_θ) - 1
 
-With one pass over each step's rollouts (the default) π_old is π_θ itself: r = 1, the clip does nothing, and the gradient
-is the plain policy gradient. Only the truncated importance weight acts: engine and trainer never agree to the last bit.
+With one pass over each step's rollouts (the default) π_old is π_θ itself: r = 1, the clip does nothing, and the
+gradient is the plain policy gradient. Only the truncated importance weight acts: engine and trainer never agree to
+the last bit.
 
 Left out: asynchronous generation, tensor parallelism, LoRA, refilling of dropped groups, a value model.
 
     python mapper_rl.py --model BASE --data demos.jsonl --output_dir out/mapper                      # one GPU, or a CPU
     torchrun --nproc-per-node=8 mapper_rl.py --model BASE --data demos.jsonl --output_dir out/mapper          # one node
     torchrun --nnodes=2 --node-rank=$RANK --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500 --nproc-per-node=8 \\
-        mapper_rl.py --model BASE --data demos.jsonl --output_dir /shared/mapper       # two nodes, on a shared file system
+        mapper_rl.py --model BASE --data demos.jsonl --output_dir /shared/mapper                        # two nodes, shared disk
 
-Writes OUTPUT_DIR/model (a Hugging Face folder), metrics.jsonl (a line a step), rollouts.jsonl (some to read), config.json.
+Writes OUTPUT_DIR/model (a Hugging Face folder), metrics.jsonl (a line a step), rollouts.jsonl (some to read),
+config.json.
 Started again with the same flags, it goes on from its last checkpoint.
 """
 
@@ -98,7 +100,7 @@ class Config:
         check(self.align in ("nll", "kl"), f"--align must be nll or kl, got {self.align!r}")
         check(
             self.group_size >= 2,
-            f"--group_size must be at least 2 (a group is its own baseline), got {self.group_size}",
+            f"--group_size must be at least 2, got {self.group_size}",
         )
         unknown = set(self.hard_cheats) - set(reward.HARD)
         check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
@@ -224,7 +226,7 @@ def sync_weights(policy, llm, dtype) -> None:
 
 
 def rollouts_of(llm, tokenizer, rows: list[dict], step: int, config: Config) -> list[dict]:
-    """`group_size` rollouts for each row, in one batch: ids and log-probabilities are the engine's, never re-tokenised."""
+    """`group_size` rollouts for each row, in one batch; ids and log-probabilities stay the engine's."""
     # Seeded by (seed, step, row): a rollout depends neither on the batch around it nor on the number of ranks.
     params = [
         reward.sampling(

@@ -17,15 +17,18 @@ import this file afresh, and a grader that first loads torch starts seconds late
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import typing
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,9 +94,7 @@ def load_tokenizer(folder: str):
 def same_tokenizer(a, a_folder: str, b, b_folder: str) -> None:
     """Refuses two models whose ids mean different things: rewrites are exchanged as ids and scored as ids."""
     same = a.get_vocab() == b.get_vocab() and a.chat_template == b.chat_template and stop_id(a) == stop_id(b)
-    check(
-        same, f"{a_folder} and {b_folder} differ in vocabulary, chat template or end token: they must share a tokenizer"
-    )
+    check(same, f"{a_folder} and {b_folder} must share a tokenizer; vocabulary, chat template or end token differ")
 
 
 def used_vocabulary(tokenizer) -> int:
@@ -101,8 +102,497 @@ def used_vocabulary(tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-# === GRADER BEGIN ===
-# === GRADER END ===
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Answers. Finding the answer is ours; plain numbers and equal strings are compared here, at once and exactly; what
+#    is left goes to math-verify, which may hang: only ever in worker processes, which are killed when time is up.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SECONDS = 5  # for one comparison by math-verify
+LONGEST, DEEPEST = 400, 20  # characters and nested brackets of an answer; what lies beyond is wrong without a look
+FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that were killed, or in which math-verify failed
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=(\{|$))")
+_NUMBER = r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
+_TAGS = (r"<answer>(.*?)</answer>", r"####[ \t]*([^\n]+)")
+_PHRASE = r"(?i)\b(?:answer|result)\b(?:\s+(?:is|equals)\b|\s*[:=])\s*:?\s*((?:[^\n.]|\.(?=\d))+)"
+_PLAIN = re.compile(rf"([+-]?)({_NUMBER})(?:/(\d+))?")
+_REWRITES = [  # of an answer, in this order: spellings that mean the same
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"\\[()\[\]]|\*\*|\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+        (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),
+        (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 17\text{ cm}^2
+        (r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}", r"\1"),
+        (r"\\?%$|[.\s]+$|^[\s+]+", ""),
+        (r"\s+", " "),
+        (r"^\(([A-Za-z])\)$", r"\1"),
+    )
+]
+
+
+def boxes(text: str) -> list[tuple[int, int, str | None]]:
+    """(start, end, content) of each \\boxed{...} with its braces counted; None for one that is never closed."""
+    found, end = [], 0
+    for match in _BOX.finditer(text):
+        if match.start() < end:
+            continue  # a box inside a box
+        depth, end, content = 0, len(text), None
+        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.S):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0 and brace[0] == "}":
+                end = match.end() + brace.end()
+                content = text[match.end() + 1 : end - 1].strip()
+                break
+        found.append((match.start(), end, content))
+    return found
+
+
+def extract_answer(completion: str) -> str | None:
+    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last number.
+
+    A box that is empty or never closed is no answer, and no number inside it becomes one.
+    """
+    if found := boxes(completion):
+        return found[-1][2] or None
+    for pattern in (*_TAGS, _PHRASE):
+        if found := re.findall(pattern, completion, re.S):
+            return found[-1].strip() or None
+    found = re.findall(rf"(?:(?<![\w)])-)?\$?(?:{_NUMBER})(?:/\d+)?", completion)
+    return found[-1] if found else None
+
+
+def _normal(answer: str) -> str:
+    """The answer in one spelling."""
+    for pattern, by in _REWRITES:
+        answer = pattern.sub(by, answer.strip())
+    return answer
+
+
+def _rational(answer: str) -> Fraction | None:
+    """The exact value of a plain number: 7, -1,234.50, 3/4."""
+    match = _PLAIN.fullmatch(answer.replace(" ", ""))
+    if not match or (match[3] and not int(match[3])):
+        return None
+    return Fraction(match[1] + match[2].replace(",", "")) / int(match[3] or 1)
+
+
+def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
+    """The verdict, or the two spellings that math-verify has to compare."""
+    answer = extract_answer(completion)
+    found = boxes(gold)
+    gold = _normal((found[-1][2] or "") if found else gold)
+    if answer is None or not gold or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > DEEPEST * 2:
+        return False
+    answer = _normal(answer)
+    if answer == gold:
+        return True
+    left, right = _rational(answer), _rational(gold)
+    if left is not None and right is not None:
+        return left == right  # exactly: no tolerance
+    if re.fullmatch(r"[A-Za-z' -]+", gold):  # words, and option letters
+        return answer.strip("()[]. ").lower() == gold.lower()
+    return answer, gold
+
+
+def _import_library() -> None:
+    """In a worker, before its first comparison, so that the time of the import is not counted; memory is bounded."""
+    import logging
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    import math_verify  # noqa: F401
+
+    logging.disable()
+
+
+def _compare(answer: str, gold: str) -> bool | None:
+    """math-verify on the two answers alone, in a worker. None: it failed. Its own time-outs need SIGALRM: switched off."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    try:
+        sides = [
+            parse(f"${side}$", [LatexExtractionConfig()], "no_fallback", "first_match", None, raise_on_error=True)
+            for side in (gold, answer)
+        ]
+        return bool(all(sides) and verify(*sides, timeout_seconds=None, raise_on_error=True))
+    except Exception:  # sympy and the parser raise nearly every class there is; the failure is counted
+        return None
+
+
+@functools.cache
+def _pool():
+    """The worker processes, started at the first answer that needs them: spawned, never forked beside an engine."""
+    import multiprocessing
+
+    from pebble import ProcessPool
+
+    pool = ProcessPool(
+        min(4, os.cpu_count()), initializer=_import_library, context=multiprocessing.get_context("spawn")
+    )
+    atexit.register(lambda: (pool.stop(), pool.join()))
+    return pool
+
+
+def verify_all(completions: list[str], golds: list[str]) -> list[bool]:
+    """`verify` of many. A comparison that is killed when time is up counts as wrong, is counted and is printed."""
+    from pebble import ProcessExpired
+
+    verdicts = [_quick(completion, gold) for completion, gold in zip(completions, golds)]
+    jobs = {i: _pool().schedule(_compare, v, timeout=SECONDS) for i, v in enumerate(verdicts) if isinstance(v, tuple)}
+    for i, job in jobs.items():
+        answer, gold = verdicts[i]
+        verdict = None
+        try:
+            verdict = job.result()
+            FAILURES["errors"] += verdict is None
+        except (TimeoutError, ProcessExpired) as error:
+            FAILURES["timeouts"] += 1
+            print(f"grading {answer[:200]!r} against {gold[:200]!r}: {type(error).__name__}", file=sys.stderr)
+        verdicts[i] = bool(verdict)
+    return verdicts
+
+
+def verify(completion: str, gold: str) -> bool:
+    """Whether the completion's answer equals the gold one."""
+    return verify_all([completion], [gold])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Cheats. What a rewrite can do to look good without being good, one named term each.
+# ---------------------------------------------------------------------------------------------------------------------
+
+HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
+SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
+
+_ONES = "one two three four five six seven eight nine".split()
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORDS = {w: n for n, w in enumerate(["zero", *_ONES, *_TEENS])} | {w: 10 * n for n, w in enumerate(_TENS, 2)}
+_ONE, _TEEN, _TEN = ("|".join(words) for words in (_ONES, _TEENS, _TENS))
+_HUNDRED = rf"(?:(?:{_TEN})(?:[-\s](?:{_ONE})(?!\w))?|{_TEEN}|{_ONE})"
+_THOUSAND = rf"(?:(?:{_ONE})\shundred(?:\s(?:and\s)?{_HUNDRED}(?!\w))?|{_HUNDRED})"
+_IN_WORDS = rf"(?:{_THOUSAND}\sthousand(?:,?\s(?:and\s)?{_THOUSAND}(?!\w))?|{_THOUSAND}|zero)(?!\w)"
+_OPERATORS = {"plus": "+", "minus": "-", "−": "-", "–": "-", "times": "*", "multiplied by": "*", "\\times": "*"}
+_OPERATORS |= {"×": "*", "\\cdot": "*", "·": "*", "x": "*", "divided by": "/", "÷": "/", "\\div": "/"}
+_TOKEN = re.compile(
+    "|".join(
+        rf"(?P<{name}>{pattern})"
+        for name, pattern in dict(
+            skip=r"[^\S\n]+|\\?\$|&|\\[(),;:!\[\]]|\\boxed\{",  # spaces, dollars, mathematical delimiters
+            stop=r"\n|\\\\|[.;:,?!](?=\s|$|\")|\\(?:implies|Rightarrow|quad|qquad)(?![a-z])|⇒|→|=>",
+            number=rf"\(-(?:{_NUMBER})\)|{_NUMBER}|\\[dt]?frac\{{-?\d+\}}\{{\d+\}}",
+            words=rf"(?<!\w)(?:{_IN_WORDS})",
+            operator=r"\\times|\\cdot(?![a-z])|\\div|[-+*/×·÷−–]|(?<!\w)(?:plus|minus|times|(?:divided|multiplied)\sby)(?!\w)"
+            r"|(?<=[\d\s])x(?=\s?\$?\d)",
+            equals=r"=|(?<!\w)(?:is\sequal\sto|equals|is|makes|gives)(?!\w)",
+            word=r"[^\W\d_]{2,}(?:['’-][^\W\d_]+)*",
+            other=r"\\[a-z]+|.",
+        ).items()
+    ),
+    re.I | re.S,
+)
+_NOT_BEFORE = set("of half twice double third quarter sin cos tan log ln sqrt percent".split())
+_NOT_AFTER = set(
+    "more less fewer greater percent hundred thousand million billion dozen half remainder mod modulo".split()
+)
+
+
+class Statement(typing.NamedTuple):
+    left: Fraction
+    right: Fraction
+    position: int
+    holds: bool
+    equals: int  # where the right side begins
+    end: int
+
+
+class Token(typing.NamedTuple):
+    kind: str
+    text: str
+    start: int
+    end: int
+    value: Fraction | None = None
+
+
+def _value(text: str) -> Fraction:
+    """7, 1,234.5, (-3), \\frac{3}{4}, thirty-five."""
+    if text[0] == "\\":
+        above, below = re.findall(r"-?\d+", text)
+        return Fraction(int(above), int(below) or 1)
+    if text[-1] in "0123456789)":
+        return Fraction(text.strip("()").replace(",", ""))
+    total = part = 0
+    for word in re.findall(r"[a-z]+", text.lower()):
+        if word == "hundred":
+            part *= 100
+        elif word == "thousand":
+            total, part = part * 1000, 0
+        else:
+            part += _WORDS.get(word, 0)  # "and" adds nothing
+    return Fraction(total + part)
+
+
+@functools.lru_cache(1 << 14)
+def _tokens(text: str) -> tuple[Token, ...]:
+    """Numbers, operators, equality signs and words, in digits or in words; spaces and dollar signs are left out."""
+    return tuple(
+        Token(m.lastgroup, m[0], m.start(), m.end(), _value(m[0]) if m.lastgroup in ("number", "words") else None)
+        for m in _TOKEN.finditer(text)
+        if m.lastgroup != "skip"
+    )
+
+
+def _evaluate(side: list[Token]) -> Fraction | None:
+    """number (operator number)*, products first, exactly; a minus may stand in front of a number. None: not of this form."""
+    terms, operator, sign, expect = [Fraction(0)], "+", 1, True
+    for token in side:
+        if token.kind == "operator":
+            symbol = _OPERATORS.get(" ".join(token.text.lower().split()), token.text)
+            if not expect:
+                operator, expect = symbol, True
+            elif symbol == "-" and sign == 1:
+                sign = -1
+            else:
+                return None
+        elif not expect:
+            return None
+        else:
+            value, sign, expect = sign * token.value, 1, False
+            if operator in "+-":
+                terms.append(value if operator == "+" else -value)
+            elif operator == "*":
+                terms[-1] *= value
+            elif value:
+                terms[-1] /= value
+            else:
+                return None
+    return None if expect else sum(terms)
+
+
+def _chain(sides: list[list[Token]]) -> list[Statement]:
+    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label)."""
+    found, left, rounds = [], None, False
+    for side in sides:
+        value = _evaluate(side) if side else None
+        computed = any(t.kind == "operator" for t in side[1:]) or (len(side) == 1 and side[0].text[0] == "\\")
+        if left is not None and value is not None:
+            decimals = len(side[-1].text.partition(".")[2])
+            scale = 10**decimals
+            rounded = Fraction(math.floor(left * scale + Fraction(1, 2)), scale)
+            holds = value == left or (rounds and value == rounded)
+            found.append(Statement(left, value, start, holds, side[0].start, side[-1].end))
+        elif left is None and value is not None and computed:
+            left, start = value, side[0].start
+            rounds = any(
+                t.text in ("/", "÷", "\\div") or "." in t.text or "frac" in t.text or "div" in t.text for t in side
+            )
+    return found
+
+
+def _scan(tokens: typing.Sequence[Token], text: str) -> list[Statement]:
+    """Statements among the tokens. Runs of numbers, operators and equality signs; what touches other matter is left."""
+    found: list[Statement] = []
+    i = 0
+    while i < len(tokens):
+        if tokens[i].value is None and tokens[i].kind != "operator" and tokens[i].kind != "equals":
+            i += 1
+            continue
+        j, sides, signs = i, [[]], 0
+        while j < len(tokens) and (tokens[j].value is not None or tokens[j].kind in ("operator", "equals")):
+            if tokens[j].kind == "equals":
+                sides.append([])
+                signs += 1
+            else:
+                sides[-1].append(tokens[j])
+            j += 1
+        if signs and len(sides) > 1:
+            before = tokens[i - 1] if i else None
+            after = tokens[j] if j < len(tokens) else None
+            if sides[0] and before is not None and before.kind != "stop":
+                touches = before.end == sides[0][0].start and before.text not in "([{\"'"
+                named = before.kind == "word" and before.text.lower() in _NOT_BEFORE
+                command = before.kind == "other" and before.text not in "([{\"'<>)"
+                if touches or named or command or sides[0][0].kind == "operator":
+                    sides[0] = []
+            if sides[-1] and after is not None and after.kind != "stop":
+                touches = after.start == sides[-1][-1].end and after.text not in ")]}\"'>"
+                named = after.kind == "word" and after.text.lower() in _NOT_AFTER
+                command = after.kind == "other" and after.text not in ")]}\"'(<>"
+                if touches or named or command:
+                    sides[-1] = []
+            found += _chain(sides)
+        i = j
+    return found
+
+
+@functools.lru_cache(1 << 14)
+def statements(text: str) -> tuple[Statement, ...]:
+    """Arithmetic statements: 15+3=18, "fifteen plus three is eighteen", "39 plus sixteen is thirty-five", <<48/2=24>>.
+
+    What is not clearly one is skipped: variables, exponents, per cent, parentheses, units between the numbers.
+    """
+    if "<<" not in text:
+        return tuple(_scan(_tokens(text), text))
+    # GSM8K writes 48/2 = <<48/2=24>>24: the sentence and its annotation are one statement if they say the same
+    outer = re.sub(r"<<[^<>]*>>", lambda m: " " * len(m[0]), text)
+    found = _scan(_tokens(outer), outer)
+    for m in re.finditer(r"<<([^<>]*)>>", text):
+        for s in _scan(_tokens(m[1]), m[1]):
+            shift = m.start(1)
+            s = s._replace(position=s.position + shift, equals=s.equals + shift, end=s.end + shift)
+            if not any(o.position <= s.position and s.end <= o.end and o.right == s.right for o in found):
+                found.append(s)
+    return tuple(sorted(found, key=lambda s: s.position))
+
+
+def _results(text: str) -> list[Fraction]:
+    """What the text arrives at: the right sides of its statements, else its numbers."""
+    return [s.right for s in statements(text)] or [t.value for t in _tokens(text) if t.value is not None]
+
+
+def fidelity(expert: str, rewrite: str) -> float:
+    """|longest common subsequence| / |expert's intermediate results|; 1 when it has none.
+
+    In the rewrite every number counts that is no operand of a statement: "which leaves 13" keeps the 13.
+    """
+    wanted = _results(expert)
+    text = re.sub(r"<<[^<>]*>>", lambda m: " " * len(m[0]), rewrite)
+    left_sides = [(s.position, s.equals) for s in statements(text)]
+    kept = [
+        t.value
+        for t in _tokens(text)
+        if t.value is not None and not any(start <= t.start < end for start, end in left_sides)
+    ]
+    row = [0] * (len(kept) + 1)
+    for value in wanted:
+        previous, row = row, [0]
+        for j, other in enumerate(kept):
+            row.append(previous[j] + 1 if value == other else max(row[j], previous[j + 1]))
+    return row[-1] / len(wanted) if wanted else 1.0
+
+
+_SOURCE = re.compile(
+    r"\b(?:(?:given|provided|original|reference|expert|above|previous|sample|model|teacher)(?:['’]s)?\s+"
+    r"(?:solution|answer|proof|explanation|reasoning|rewrite)|(?:solution|answer|explanation)\s+(?:above|provided|given)"
+    r"|rewritten\s+(?:solution|version|answer)|re(?:writ|phras)\w*\s+(?:of\s+)?(?:the|this|your)\s+solution"
+    r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+solution|paraphras\w+)\b",
+    re.I,
+)
+_STATED = re.compile(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|[:=])\s*\$?-?[\d\\]", re.I)
+_OR = re.compile(r"\bor\b|\beither\b", re.I)
+
+
+def _length(text: str) -> int:
+    """Length in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"."""
+    return len(_tokens(re.sub(r"<<[^<>]*>>", "", text)))
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.lower().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _share(source: str, text: str, n: int) -> float:
+    """Share of the source's n-grams of words that stand in the text."""
+    grams = set(_grams(source, n))
+    return len(grams & set(_grams(text, n))) / len(grams) if grams else 0.0
+
+
+def _ramp(value: float, zero: float, one: float) -> float:
+    """0 up to `zero`, 1 from `one` on, straight between (zero may lie above one)."""
+    return min(max((value - zero) / (one - zero), 0.0), 1.0)
+
+
+def _repetition(text: str) -> float:
+    """The worst of: repeated sentences, few distinct 4-grams of words, compressibility. Short texts score 0."""
+    parts = [p for p in (p.strip() for p in re.split(r"[.;]\s|\n", text)) if p]
+    score = _ramp(1 - len(set(parts)) / len(parts), 0.2, 0.6) if len(parts) >= 5 else 0.0
+    if len(grams := _grams(text, 4)) >= 40:
+        score = max(score, _ramp(len(set(grams)) / len(grams), 0.7, 0.3))
+    if len(raw := text.encode()) >= 400:
+        score = max(score, _ramp(len(zlib.compress(raw)) / len(raw), 0.25, 0.1))
+    return score
+
+
+def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
+    """Every term of HARD (0 or 1) and of SOFT ([0, 1]), by name."""
+    found = boxes(rewrite)
+    first = 0.3 * len(rewrite)
+    inside = {_normal(content or "") for _, _, content in found}
+    length, expected = _length(rewrite), _length(expert)
+    stated = _STATED.search(rewrite)
+    source = _SOURCE.search(rewrite)
+    needed = len(statements(expert))
+    numbers = sum(t.value is not None for t in _tokens(rewrite)) - len(found)
+    return {
+        "early_answer": float(any(start < first for start, _, _ in found) or bool(stated and stated.start() < first)),
+        "no_reasoning": float(length < 0.25 * expected or (needed >= 2 and numbers < 2)),
+        "mentions_source": float(bool(source) and source[0].lower() not in (problem + expert).lower()),
+        "hedged": float(len(inside) > 1 or (any(_OR.search(c) for c in inside) and not _OR.search(answer))),
+        "false_arithmetic": float(not all(s.holds for s in statements(rewrite))),
+        "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
+        "repetition": _repetition(rewrite),
+        "copies_problem": _share(problem, rewrite, 8),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: the paper
+#    (DART, arXiv 2605.26924) names the three parts, likelihood, correctness and penalty; the formula is our
+#    reconstruction.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def judge(
+    problem: str,
+    expert: str,
+    rewrite: str,
+    answer: str,
+    ended: bool,
+    correct: bool,
+    min_fidelity: float,
+    hard: typing.Sequence[str] = HARD,
+) -> dict[str, float]:
+    """All that is to be known of a rewrite but its likelihood. Source: our reconstruction.
+
+    gate = ended, exactly one box, correct, the last arithmetic statement agrees with the box, fidelity >= min_fidelity
+    """
+    parts = cheats(problem, expert, rewrite, answer)
+    parts["fidelity"] = fidelity(expert, rewrite)
+    found = boxes(rewrite)
+    one_box = len(found) == 1 and bool(found[0][2])
+    last = statements(rewrite)[-1:]
+    boxed = _rational(_normal(found[0][2])) if one_box else None
+    agrees = not last or boxed is None or last[0].right == boxed
+    gate = ended and correct and one_box and agrees and parts["fidelity"] >= min_fidelity
+    cheating = any(parts[name] for name in hard)
+    return parts | {
+        "gate": float(gate),
+        "cheating": float(cheating),
+        "clean": float(gate and not cheating),
+        "length_ratio": len(rewrite) / max(len(expert), 1),
+        "copy": _share(expert, rewrite, 4),
+    }
+
+
+def align_nll(A: float, A_expert: float, tau: float) -> float:
+    """sigmoid((A(y|x) - A(y°|x)) / tau): how much likelier than the expert's text. Source: our reconstruction."""
+    return 0.5 + 0.5 * math.tanh((A - A_expert) / (2 * tau))  # sigmoid(z) = 1/2 + 1/2 tanh(z/2), never overflows
+
+
+def align_kl(mapper_logprobs: typing.Sequence[float], target_logprobs: typing.Sequence[float], beta: float) -> float:
+    """1 - beta * clip(D, 0, 2), D = mean_t clip(log M(y_t|p,y_<t) - log pi(y_t|c,y_<t), -5, 5): one sample of
+    KL(M || pi), the mapper's own entropy included. Source: our reconstruction."""
+    gaps = [min(max(float(m) - float(t), -5.0), 5.0) for m, t in zip(mapper_logprobs, target_logprobs)]
+    return 1 - beta * min(max(sum(gaps) / len(gaps), 0.0), 2.0)
+
+
+def mapper_reward(parts: dict, align: float, soft_weight: float, hard_weight: float) -> float:
+    """R = clean * (align - w_s * sum_k soft_k) - w_h * [a hard cheat]. Source: our reconstruction."""
+    soft = sum(parts[name] for name in SOFT)
+    return parts["clean"] * (align - soft_weight * soft) - hard_weight * parts["cheating"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
