@@ -208,7 +208,7 @@ def _import_library() -> None:
 
 
 def _compare(answer: str, gold: str) -> bool | None:
-    """math-verify on the two answers alone, in a worker. None: it failed. Its own time-outs need SIGALRM: switched off."""
+    """math-verify on the two answers alone, in a worker; None if it fails. Its own time-outs need SIGALRM: off."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     try:
@@ -228,9 +228,8 @@ def _pool():
 
     from pebble import ProcessPool
 
-    pool = ProcessPool(
-        min(4, os.cpu_count()), initializer=_import_library, context=multiprocessing.get_context("spawn")
-    )
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPool(min(4, os.cpu_count()), initializer=_import_library, context=context)
     atexit.register(lambda: (pool.stop(), pool.join()))
     return pool
 
@@ -266,9 +265,9 @@ def verify(completion: str, gold: str) -> bool:
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
 SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
 
-_ONES = "one two three four five six seven eight nine".split()
-_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = re.findall(r"\w+", "one two three four five six seven eight nine")
+_TEENS = re.findall(r"\w+", "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen")
+_TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
 _WORDS = {w: n for n, w in enumerate(["zero", *_ONES, *_TEENS])} | {w: 10 * n for n, w in enumerate(_TENS, 2)}
 _ONE, _TEEN, _TEN = ("|".join(words) for words in (_ONES, _TEENS, _TENS))
 _HUNDRED = rf"(?:(?:{_TEN})(?:[-\s](?:{_ONE})(?!\w))?|{_TEEN}|{_ONE})"
@@ -293,9 +292,9 @@ _TOKEN = re.compile(
     ),
     re.I | re.S,
 )
-_NOT_BEFORE = set("of half twice double third quarter sin cos tan log ln sqrt percent".split())
-_NOT_AFTER = set(
-    "more less fewer greater percent hundred thousand million billion dozen half remainder mod modulo".split()
+_NOT_BEFORE = re.compile("(?i)of|half|twice|double|third|quarter|sin|cos|tan|log|ln|sqrt|percent")
+_NOT_AFTER = re.compile(
+    "(?i)more|less|fewer|greater|percent|hundred|thousand|million|billion|dozen|half|remainder|mod|modulo"
 )
 
 
@@ -345,7 +344,7 @@ def _tokens(text: str) -> tuple[Token, ...]:
 
 
 def _evaluate(side: list[Token]) -> Fraction | None:
-    """number (operator number)*, products first, exactly; a minus may stand in front of a number. None: not of this form."""
+    """number (operator number)*, products first, exactly; a number may have a minus. None: not of this form."""
     terms, operator, sign, expect = [Fraction(0)], "+", 1, True
     for token in side:
         if token.kind == "operator":
@@ -373,7 +372,7 @@ def _evaluate(side: list[Token]) -> Fraction | None:
 
 def _chain(sides: list[list[Token]]) -> list[Statement]:
     """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label)."""
-    found, left, rounds = [], None, False
+    found, left, start, rounds = [], None, 0, False
     for side in sides:
         value = _evaluate(side) if side else None
         computed = any(t.kind == "operator" for t in side[1:]) or (len(side) == 1 and side[0].text[0] == "\\")
@@ -385,9 +384,7 @@ def _chain(sides: list[list[Token]]) -> list[Statement]:
             found.append(Statement(left, value, start, holds, side[0].start, side[-1].end))
         elif left is None and value is not None and computed:
             left, start = value, side[0].start
-            rounds = any(
-                t.text in ("/", "÷", "\\div") or "." in t.text or "frac" in t.text or "div" in t.text for t in side
-            )
+            rounds = any(re.search(r"[/÷.]|div|frac", t.text) for t in side)
     return found
 
 
@@ -412,13 +409,13 @@ def _scan(tokens: typing.Sequence[Token], text: str) -> list[Statement]:
             after = tokens[j] if j < len(tokens) else None
             if sides[0] and before is not None and before.kind != "stop":
                 touches = before.end == sides[0][0].start and before.text not in "([{\"'"
-                named = before.kind == "word" and before.text.lower() in _NOT_BEFORE
+                named = before.kind == "word" and _NOT_BEFORE.fullmatch(before.text)
                 command = before.kind == "other" and before.text not in "([{\"'<>)"
                 if touches or named or command or sides[0][0].kind == "operator":
                     sides[0] = []
             if sides[-1] and after is not None and after.kind != "stop":
                 touches = after.start == sides[-1][-1].end and after.text not in ")]}\"'>"
-                named = after.kind == "word" and after.text.lower() in _NOT_AFTER
+                named = after.kind == "word" and _NOT_AFTER.fullmatch(after.text)
                 command = after.kind == "other" and after.text not in ")]}\"'(<>"
                 if touches or named or command:
                     sides[-1] = []
