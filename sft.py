@@ -126,7 +126,7 @@ def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
     work. The fewest passes are made, each as even as can be: 2 ranks share what would fit into a single micro-batch.
     """
     count = -(-len(reward.micro_batches(lengths, budget)) // world) * world
-    low, high = max(lengths), max(lengths + [budget])
+    low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches than these
         middle = (low + high) // 2
         if len(reward.micro_batches(lengths, middle)) <= count:
