@@ -1073,8 +1073,25 @@ def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory
 
 
 def stop_engine(llm) -> None:
-    """Frees the engine; must come before `destroy_process_group`, else the exit fails."""
-    llm.llm_engine.engine_core.shutdown()
+    """Frees the engine and its memory; the process group stays.
+
+    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch, and with it
+    the groups of the sharded models that are still to be used or saved. Left to the exit, it fails there.
+    """
+    import gc
+
+    import torch
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    client.engine_core.model_executor.shutdown()
+    client.engine_core.scheduler.shutdown()
+    gc.unfreeze()
+    destroy_model_parallel()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def request_seed(*parts) -> int:
