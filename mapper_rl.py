@@ -22,7 +22,7 @@ Left out: asynchronous generation, tensor parallelism, LoRA, refilling of droppe
     python mapper_rl.py --model BASE --data demos.jsonl --output_dir out/mapper                      # one GPU, or a CPU
     torchrun --nproc-per-node=8 mapper_rl.py --model BASE --data demos.jsonl --output_dir out/mapper          # one node
     torchrun --nnodes=2 --node-rank=$RANK --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500 --nproc-per-node=8 \\
-        mapper_rl.py --model BASE --data demos.jsonl --output_dir /shared/mapper                        # two nodes, shared disk
+        mapper_rl.py --model BASE --data demos.jsonl --output_dir /shared/mapper            # two nodes, a shared disk
 
 Writes OUTPUT_DIR/model (a Hugging Face folder), metrics.jsonl (a line a step), rollouts.jsonl (some to read),
 config.json.
@@ -219,10 +219,9 @@ def sync_weights(policy, llm, dtype) -> None:
             sent.append(name)
             yield name, weight
 
-    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights()))
+    reward.reload_engine(llm, weights_iterator=weights())
     if set(sent) != set(expected):
         raise RuntimeError(f"weight sync: sent {len(sent)} of {len(expected)} weights to the engine")
-    llm.reset_prefix_cache()  # cached keys and values belong to the old weights
 
 
 def rollouts_of(llm, tokenizer, rows: list[dict], step: int, config: Config) -> list[dict]:
@@ -420,7 +419,7 @@ def main():
             "tokens_per_second": tokens / (clock[-1] - clock[0]),
             "elapsed": elapsed,
             "generated_tokens": generated,
-            "timeouts": sum(gather([reward.timeouts()])),
+            "grading_timeouts": sum(gather([reward.FAILURES["timeouts"]])),
             "peak_memory": max(gather([peak_memory(device)])),
         }
         if rank == 0:

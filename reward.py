@@ -108,22 +108,27 @@ def used_vocabulary(tokenizer) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SECONDS = 5  # for one comparison by math-verify
-LONGEST, DEEPEST = 400, 20  # characters and nested brackets of an answer; what lies beyond is wrong without a look
+LONGEST, BRACKETS = 400, 40  # characters and opened brackets of an answer; what has more is wrong without a look
 FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that were killed, or in which math-verify failed
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=(\{|$))")
-_NUMBER = r"\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
-_TAGS = (r"<answer>(.*?)</answer>", r"####[ \t]*([^\n]+)")
-_PHRASE = r"(?i)\b(?:answer|result)\b(?:\s+(?:is|equals)\b|\s*[:=])\s*:?\s*((?:[^\n.]|\.(?=\d))+)"
+_NUMBER = r"[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\})[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
+_TAGS = (r"<answer>(.{0,400}?)</answer>", r"####[ \t]*([^\n]+)")
+_PHRASE = r"(?i)\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?=[:\s]*((?:[^\n.]|\.(?=\d)){1,400}))"  # also inside another
+_SPAN = r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}$"  # with no number after it
 _PLAIN = re.compile(rf"([+-]?)({_NUMBER})(?:/(\d+))?")
+_OPTION = re.compile(
+    r"\W*([A-J]|[a-j](?=\W*$))(?![\w'])(?!\s*[*/^=_+\d]|\s*(?:or|and|&|,)\W*[A-Ja-j]\b)"
+)  # B, (B) 300, not B or C
 _REWRITES = [  # of an answer, in this order: spellings that mean the same
     (re.compile(pattern), by)
     for pattern, by in (
-        (r"\\[()\[\]]|\*\*|\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
+        (r"(?<!\\)\\[()\[\]!,;: ]|\*\*|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\{,\}", ","),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),
-        (r"(?<=\d)\s*\\(?:text|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 17\text{ cm}^2
+        (r"(?<=[\d}])\s*\\(?:text|textbf|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 17\text{ cm}^2
         (r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}", r"\1"),
         (r"\\?%$|[.\s]+$|^[\s+]+", ""),
         (r"\s+", " "),
@@ -159,6 +164,8 @@ def extract_answer(completion: str) -> str | None:
     for pattern in (*_TAGS, _PHRASE):
         if found := re.findall(pattern, completion, re.S):
             return found[-1].strip() or None
+    if found := re.search(_SPAN, completion, re.S):
+        return found[found.lastindex].strip() or None
     found = re.findall(rf"(?:(?<![\w)])-)?\$?(?:{_NUMBER})(?:/\d+)?", completion)
     return found[-1] if found else None
 
@@ -173,9 +180,9 @@ def _normal(answer: str) -> str:
 def _rational(answer: str) -> Fraction | None:
     """The exact value of a plain number: 7, -1,234.50, 3/4."""
     match = _PLAIN.fullmatch(answer.replace(" ", ""))
-    if not match or (match[3] and not int(match[3])):
+    if not match or len(answer) > LONGEST or (match[3] and not int(match[3])):
         return None
-    return Fraction(match[1] + match[2].replace(",", "")) / int(match[3] or 1)
+    return Fraction(match[1] + re.sub(r"[^0-9.]", "", match[2])) / int(match[3] or 1)
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
@@ -183,7 +190,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     answer = extract_answer(completion)
     found = boxes(gold)
     gold = _normal((found[-1][2] or "") if found else gold)
-    if answer is None or not gold or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > DEEPEST * 2:
+    if answer is None or not gold or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > BRACKETS:
         return False
     answer = _normal(answer)
     if answer == gold:
@@ -191,8 +198,10 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     left, right = _rational(answer), _rational(gold)
     if left is not None and right is not None:
         return left == right  # exactly: no tolerance
-    if re.fullmatch(r"[A-Za-z' -]+", gold):  # words, and option letters
-        return answer.strip("()[]. ").lower() == gold.lower()
+    if re.fullmatch("[A-J]", gold) and (option := _OPTION.match(answer)):
+        return option[1].upper() == gold
+    if re.fullmatch(r"[A-Za-z' -]{2,}", gold):  # words
+        return answer.lower() == gold.lower()
     return answer, gold
 
 
@@ -279,9 +288,9 @@ _TOKEN = re.compile(
     "|".join(
         rf"(?P<{name}>{pattern})"
         for name, pattern in dict(
-            skip=r"[^\S\n]+|\\?\$|&|\\[(),;:!\[\]]|\\boxed\{",  # spaces, dollars, mathematical delimiters
-            stop=r"\n|\\\\|[.;:,?!](?=\s|$|\")|\\(?:implies|Rightarrow|quad|qquad)(?![a-z])|⇒|→|=>",
-            number=rf"\(-(?:{_NUMBER})\)|{_NUMBER}|\\[dt]?frac\{{-?\d+\}}\{{\d+\}}",
+            skip=r"[^\S\n]+|\*\*|\\?\$|&|\\[(),;:!\[\]]|\\boxed\{",  # spaces, dollars, mathematical delimiters
+            stop=r"\n|\\\\|[;?!]|[.:](?![0-9])|,(?![0-9]{3})|\\(?:implies|Rightarrow|quad|qquad)(?![a-z])|⇒|→|=>",
+            number=rf"\(-(?:{_NUMBER})\)|{_NUMBER}|\\[dt]?frac\{{-?[0-9]+\}}\{{0*[1-9][0-9]*\}}",
             words=rf"(?<!\w)(?:{_IN_WORDS})",
             operator=r"\\times|\\cdot(?![a-z])|\\div|[-+*/×·÷−–]|(?<!\w)(?:plus|minus|times|(?:divided|multiplied)\sby)(?!\w)"
             r"|(?<=[\d\s])x(?=\s?\$?\d)",
@@ -292,6 +301,7 @@ _TOKEN = re.compile(
     ),
     re.I | re.S,
 )
+_ANNOTATION = re.compile("<<([^<>]*)>>")  # GSM8K's 48/2 = <<48/2=24>>24
 _NOT_BEFORE = re.compile("(?i)of|half|twice|double|third|quarter|sin|cos|tan|log|ln|sqrt|percent")
 _NOT_AFTER = re.compile(
     "(?i)more|less|fewer|greater|percent|hundred|thousand|million|billion|dozen|half|remainder|mod|modulo"
@@ -299,8 +309,8 @@ _NOT_AFTER = re.compile(
 
 
 class Statement(typing.NamedTuple):
-    left: Fraction
-    right: Fraction
+    left: int | Fraction
+    right: int | Fraction
     position: int
     holds: bool
     equals: int  # where the right side begins
@@ -312,16 +322,20 @@ class Token(typing.NamedTuple):
     text: str
     start: int
     end: int
-    value: Fraction | None = None
+    value: int | Fraction | None
 
 
-def _value(text: str) -> Fraction:
-    """7, 1,234.5, (-3), \\frac{3}{4}, thirty-five."""
+def _value(text: str) -> int | Fraction | None:
+    """7, 1,234.5, (-3), \\frac{3}{4}, thirty-five; nothing for digits without end."""
+    if len(text) > 80:
+        return None
     if text[0] == "\\":
         above, below = re.findall(r"-?\d+", text)
-        return Fraction(int(above), int(below) or 1)
+        return Fraction(int(above), int(below))
+    if text.isdigit():
+        return int(text)  # equal to the Fraction, and much faster
     if text[-1] in "0123456789)":
-        return Fraction(text.strip("()").replace(",", ""))
+        return Fraction(re.sub(r"[^0-9.-]", "", text))
     total = part = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         if word == "hundred":
@@ -330,10 +344,10 @@ def _value(text: str) -> Fraction:
             total, part = part * 1000, 0
         else:
             part += _WORDS.get(word, 0)  # "and" adds nothing
-    return Fraction(total + part)
+    return total + part
 
 
-@functools.lru_cache(1 << 14)
+@functools.lru_cache(64)
 def _tokens(text: str) -> tuple[Token, ...]:
     """Numbers, operators, equality signs and words, in digits or in words; spaces and dollar signs are left out."""
     return tuple(
@@ -343,12 +357,12 @@ def _tokens(text: str) -> tuple[Token, ...]:
     )
 
 
-def _evaluate(side: list[Token]) -> Fraction | None:
+def _evaluate(side: list[Token]) -> int | Fraction | None:
     """number (operator number)*, products first, exactly; a number may have a minus. None: not of this form."""
-    terms, operator, sign, expect = [Fraction(0)], "+", 1, True
+    terms, operator, sign, expect = [0], "+", 1, True
     for token in side:
         if token.kind == "operator":
-            symbol = _OPERATORS.get(" ".join(token.text.lower().split()), token.text)
+            symbol = token.text if token.text in "+-*/" else _OPERATORS[" ".join(token.text.lower().split())]
             if not expect:
                 operator, expect = symbol, True
             elif symbol == "-" and sign == 1:
@@ -364,7 +378,7 @@ def _evaluate(side: list[Token]) -> Fraction | None:
             elif operator == "*":
                 terms[-1] *= value
             elif value:
-                terms[-1] /= value
+                terms[-1] = Fraction(terms[-1]) / value
             else:
                 return None
     return None if expect else sum(terms)
@@ -377,10 +391,8 @@ def _chain(sides: list[list[Token]]) -> list[Statement]:
         value = _evaluate(side) if side else None
         computed = any(t.kind == "operator" for t in side[1:]) or (len(side) == 1 and side[0].text[0] == "\\")
         if left is not None and value is not None:
-            decimals = len(side[-1].text.partition(".")[2])
-            scale = 10**decimals
-            rounded = Fraction(math.floor(left * scale + Fraction(1, 2)), scale)
-            holds = value == left or (rounds and value == rounded)
+            scale = 10 ** len(side[-1].text.partition(".")[2])  # 3.33 -> 100
+            holds = value == left or (rounds and value * scale == math.floor(left * scale + Fraction(1, 2)))
             found.append(Statement(left, value, start, holds, side[0].start, side[-1].end))
         elif left is None and value is not None and computed:
             left, start = value, side[0].start
@@ -388,55 +400,63 @@ def _chain(sides: list[list[Token]]) -> list[Statement]:
     return found
 
 
-def _scan(tokens: typing.Sequence[Token], text: str) -> list[Statement]:
-    """Statements among the tokens. Runs of numbers, operators and equality signs; what touches other matter is left."""
-    found: list[Statement] = []
-    i = 0
-    while i < len(tokens):
-        if tokens[i].value is None and tokens[i].kind != "operator" and tokens[i].kind != "equals":
-            i += 1
-            continue
-        j, sides, signs = i, [[]], 0
+def _alone(side: list[Token], beside: Token | None, left: bool) -> bool:
+    """Whether the outer side of an equation is all there is, or only part of a larger expression."""
+    if beside is None or beside.kind == "stop":
+        return True
+    if beside.kind == "word" and (_NOT_BEFORE if left else _NOT_AFTER).fullmatch(beside.text):
+        return False
+    if beside.text in ("([{\"'<" if left else ")]}\"'>"):
+        return True
+    touches = beside.end == side[0].start if left else beside.start == side[-1].end
+    return not touches and (beside.kind == "word" or beside.text in "()<>")
+
+
+def _scan(text: str) -> list[Statement]:
+    """Statements among runs of numbers, operators and equality signs."""
+    found, tokens, j = [], _tokens(text), 0
+    while j < len(tokens):
+        i, sides, signs = j, [[]], []
         while j < len(tokens) and (tokens[j].value is not None or tokens[j].kind in ("operator", "equals")):
             if tokens[j].kind == "equals":
+                signs.append(tokens[j].text)
                 sides.append([])
-                signs += 1
             else:
                 sides[-1].append(tokens[j])
             j += 1
-        if signs and len(sides) > 1:
-            before = tokens[i - 1] if i else None
-            after = tokens[j] if j < len(tokens) else None
-            if sides[0] and before is not None and before.kind != "stop":
-                touches = before.end == sides[0][0].start and before.text not in "([{\"'"
-                named = before.kind == "word" and _NOT_BEFORE.fullmatch(before.text)
-                command = before.kind == "other" and before.text not in "([{\"'<>)"
-                if touches or named or command or sides[0][0].kind == "operator":
-                    sides[0] = []
-            if sides[-1] and after is not None and after.kind != "stop":
-                touches = after.start == sides[-1][-1].end and after.text not in ")]}\"'>"
-                named = after.kind == "word" and _NOT_AFTER.fullmatch(after.text)
-                command = after.kind == "other" and after.text not in ")]}\"'(<>"
-                if touches or named or command:
-                    sides[-1] = []
-            found += _chain(sides)
-        i = j
+        j += i == j
+        if not signs:
+            continue
+        before, after = tokens[i - 1] if i else None, tokens[j] if j < len(tokens) else None
+        first, last = sides[0], sides[-1]
+        if len(first) > 1 and first[0].kind == "operator":
+            # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
+            begins = before is None or before.kind == "stop"
+            sides[0] = first = first[first[0].end < first[1].start :] if begins else []
+        share = (
+            [t.text for t in first[1:2]] == ["/"] and len(first) == 3 and signs[0] != "="
+        )  # "2/5 is equal to 12 eggs"
+        if first and (share or not _alone(first, before, left=True)):
+            sides[0] = []
+        if last and not _alone(last, after, left=False):
+            sides[-1] = []
+        found += _chain(sides)
     return found
 
 
-@functools.lru_cache(1 << 14)
+@functools.lru_cache(64)
 def statements(text: str) -> tuple[Statement, ...]:
     """Arithmetic statements: 15+3=18, "fifteen plus three is eighteen", "39 plus sixteen is thirty-five", <<48/2=24>>.
 
     What is not clearly one is skipped: variables, exponents, per cent, parentheses, units between the numbers.
     """
     if "<<" not in text:
-        return tuple(_scan(_tokens(text), text))
-    # GSM8K writes 48/2 = <<48/2=24>>24: the sentence and its annotation are one statement if they say the same
-    outer = re.sub(r"<<[^<>]*>>", lambda m: " " * len(m[0]), text)
-    found = _scan(_tokens(outer), outer)
-    for m in re.finditer(r"<<([^<>]*)>>", text):
-        for s in _scan(_tokens(m[1]), m[1]):
+        return tuple(_scan(text))
+    # a sentence and the annotation in it are one statement if they say the same
+    outer = _ANNOTATION.sub(lambda m: " " * len(m[0]), text)
+    found = _scan(outer)
+    for m in _ANNOTATION.finditer(text):
+        for s in _scan(m[1]):
             shift = m.start(1)
             s = s._replace(position=s.position + shift, equals=s.equals + shift, end=s.end + shift)
             if not any(o.position <= s.position and s.end <= o.end and o.right == s.right for o in found):
@@ -444,24 +464,30 @@ def statements(text: str) -> tuple[Statement, ...]:
     return tuple(sorted(found, key=lambda s: s.position))
 
 
-def _results(text: str) -> list[Fraction]:
-    """What the text arrives at: the right sides of its statements, else its numbers."""
-    return [s.right for s in statements(text)] or [t.value for t in _tokens(text) if t.value is not None]
+def _numbers(text: str) -> list[tuple[int, int | Fraction]]:
+    """(position, value) of every number, with its sign: the 8 of "-8" is negative, that of "11-8" is not."""
+    found, minus, before = [], False, None
+    for token in _tokens(text):
+        if token.value is not None:
+            found.append((token.start, -token.value if minus else token.value))
+        minus = token.text.lower() in ("-", "−", "minus") and (before is None or before.value is None)
+        before = token
+    return found
 
 
 def fidelity(expert: str, rewrite: str) -> float:
     """|longest common subsequence| / |expert's intermediate results|; 1 when it has none.
 
-    In the rewrite every number counts that is no operand of a statement: "which leaves 13" keeps the 13.
+    The results are the right sides of the expert's statements, or all its numbers if it makes none. In the rewrite
+    every number counts that is no operand of a statement: "which leaves 13" keeps the 13.
     """
-    wanted = _results(expert)
-    text = re.sub(r"<<[^<>]*>>", lambda m: " " * len(m[0]), rewrite)
-    left_sides = [(s.position, s.equals) for s in statements(text)]
-    kept = [
-        t.value
-        for t in _tokens(text)
-        if t.value is not None and not any(start <= t.start < end for start, end in left_sides)
-    ]
+    wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(expert)]
+    found = statements(rewrite)
+    kept = [(s.equals, s.right) for s in found]
+    for start, value in _numbers(_ANNOTATION.sub(lambda m: " " * len(m[0]), rewrite)):
+        if not any(s.position <= start < s.end for s in found):
+            kept.append((start, value))
+    kept = [value for _, value in sorted(kept)]
     row = [0] * (len(kept) + 1)
     for value in wanted:
         previous, row = row, [0]
@@ -477,13 +503,17 @@ _SOURCE = re.compile(
     r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+solution|paraphras\w+)\b",
     re.I,
 )
-_STATED = re.compile(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|[:=])\s*\$?-?[\d\\]", re.I)
+_STATED = re.compile(
+    r"\banswer(?:\s+(?:to|of|for)\b[^.,\n]{0,40}?)?\s*(?:\b(?:is|will be|must be|equals)\b|[:=])\W*"
+    rf"(?:[0-9]|{_IN_WORDS}|\\boxed)",
+    re.I,
+)
 _OR = re.compile(r"\bor\b|\beither\b", re.I)
 
 
 def _length(text: str) -> int:
     """Length in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"."""
-    return len(_tokens(re.sub(r"<<[^<>]*>>", "", text)))
+    return len(_tokens(_ANNOTATION.sub("", text)))
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -515,20 +545,19 @@ def _repetition(text: str) -> float:
 
 def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
     """Every term of HARD (0 or 1) and of SOFT ([0, 1]), by name."""
-    found = boxes(rewrite)
-    first = 0.3 * len(rewrite)
-    inside = {_normal(content or "") for _, _, content in found}
+    found, stated, source = boxes(rewrite), _STATED.search(rewrite), _SOURCE.search(rewrite)
+    claims = statements(rewrite)
+    given = [start for start, *_ in found] + ([stated.start()] if stated else [])  # where the answer is given
+    inside = {_normal(content or "") for *_, content in found}
     length, expected = _length(rewrite), _length(expert)
-    stated = _STATED.search(rewrite)
-    source = _SOURCE.search(rewrite)
-    needed = len(statements(expert))
-    numbers = sum(t.value is not None for t in _tokens(rewrite)) - len(found)
+    reasoning = rewrite[: found[0][0]] if found else rewrite
+    skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.5
     return {
-        "early_answer": float(any(start < first for start, _, _ in found) or bool(stated and stated.start() < first)),
-        "no_reasoning": float(length < 0.25 * expected or (needed >= 2 and numbers < 2)),
+        "early_answer": float(any(start < 0.25 * len(rewrite) for start in given)),
+        "no_reasoning": float(length < 0.25 * expected or skipped),
         "mentions_source": float(bool(source) and source[0].lower() not in (problem + expert).lower()),
         "hedged": float(len(inside) > 1 or (any(_OR.search(c) for c in inside) and not _OR.search(answer))),
-        "false_arithmetic": float(not all(s.holds for s in statements(rewrite))),
+        "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
         "repetition": _repetition(rewrite),
         "copies_problem": _share(problem, rewrite, 8),
@@ -540,6 +569,19 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
 #    (DART, arXiv 2605.26924) names the three parts, likelihood, correctness and penalty; the formula is our
 #    reconstruction.
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
+    """Whether the last statement before the box arrives at what the box holds.
+
+    Comparable are a number in the box and a statement with neither number nor equation between it and the box.
+    """
+    boxed = _rational(_normal(content))
+    last = [s for s in statements(rewrite) if s.position < start][-1:]
+    if boxed is None or not last:
+        return True
+    between = _tokens(rewrite[last[0].end : start])
+    return last[0].right == boxed or any(t.value is not None or t.text == "=" for t in between)
 
 
 def judge(
@@ -560,9 +602,7 @@ def judge(
     parts["fidelity"] = fidelity(expert, rewrite)
     found = boxes(rewrite)
     one_box = len(found) == 1 and bool(found[0][2])
-    last = statements(rewrite)[-1:]
-    boxed = _rational(_normal(found[0][2])) if one_box else None
-    agrees = not last or boxed is None or last[0].right == boxed
+    agrees = not one_box or _agrees(rewrite, *found[0])
     gate = ended and correct and one_box and agrees and parts["fidelity"] >= min_fidelity
     cheating = any(parts[name] for name in hard)
     return parts | {
@@ -836,6 +876,50 @@ def read_jsonl(
     return rows
 
 
+def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dict[str, dict]:
+    """{id: row} of what has been finished: STEM.jsonl and the STEM.rank{r}.jsonl of all ranks, however many there were.
+
+    A process that was killed may leave half a line at the end of its part; it does not count. Ends the program if a
+    row does not belong to `inputs`: the fields that it shares with the input of its id must be the same.
+    """
+    rows = {}
+    for path in [folder / f"{stem}.jsonl", *part_files(folder, stem)]:
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []:
+            row = json.loads(line)
+            rows[row["id"]] = row
+    if inputs is not None:
+        asked = {row["id"]: row for row in inputs}
+        for i, row in rows.items():
+            changed = [k for k, v in asked[i].items() if k in row and row[k] != v] if i in asked else ["id"]
+            check(not changed, f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove it")
+    return rows
+
+
+def part_files(folder: Path, stem: str) -> list[Path]:
+    """The files STEM.rank{r}.jsonl of a folder."""
+    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(r"\.rank\d+", path.stem[len(stem) :]))
+
+
+def open_part(folder: Path, stem: str):
+    """This rank's part, to append lines to, without the half line that a kill may have left at its end."""
+    path = folder / f"{stem}.rank{os.environ['RANK']}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", buffering=1)  # line by line
+
+
+def merge_parts(folder: Path, stem: str, ids: typing.Sequence[str]) -> None:
+    """Writes STEM.jsonl in the order of `ids` (those that are missing are left out) and removes the parts."""
+    rows = read_parts(folder, stem)
+    write_text(folder / f"{stem}.jsonl", "".join(json_line(rows[i]) for i in ids if i in rows))
+    for path in part_files(folder, stem):
+        path.unlink()
+
+
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
 def init_distributed():
     """(rank, world size, device) under torchrun, or of a lone process started with plain python."""
     import socket
@@ -1024,6 +1108,27 @@ def source_dtype(folder: str):
     return AutoConfig.from_pretrained(folder).dtype
 
 
+def weights_stamp(folder: str, max_model_len: int) -> str:
+    """When a model's weights were written: tells results of other weights that stood in the same folder.
+
+    Ends the program if there is no model, or one that cannot read `max_model_len` tokens.
+    """
+    from datetime import datetime
+
+    from transformers import AutoConfig
+
+    try:
+        longest = AutoConfig.from_pretrained(folder).max_position_embeddings
+    except (OSError, ValueError) as error:
+        die(f"{folder}: no config.json could be read ({str(error).splitlines()[0]}); give a Hugging Face model folder")
+    check(max_model_len <= longest, f"--max_model_len {max_model_len} is more than the {longest} tokens of {folder}")
+    if not Path(folder).is_dir():
+        return folder  # a name on the hub
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+    check(files, f"{folder}: no weights (*.safetensors) in this folder")
+    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files)).isoformat()
+
+
 def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory: float, sleep: bool = False):
     """One vLLM engine in this process, beside this rank's model; `vocab` ids can be sampled. Takes 3-5 s on a CPU.
 
@@ -1070,6 +1175,26 @@ def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory
         seed=int(os.environ["RANK"]),
         **cpu,
     )
+
+
+def reload_engine(llm, **weights) -> None:
+    """New weights for the engine: `weights_iterator` of (name, whole tensor) pairs, or `weights_path` of a folder.
+
+    A reload that fails leaves the engine unusable, so an exception from here must end the run. Never call vLLM's
+    `reload_weights` with neither: it restores the weights that the engine started from.
+    """
+
+    def repack_tied_head(model):
+        # On a CPU, vLLM 0.32 multiplies by a packed copy of the head, and a reload packs anew only what it was sent: a
+        # head tied to the embedding would keep the old weights for ever, without a word.
+        head = model.lm_head
+        head.weight = model.model.embed_tokens.weight
+        head.quant_method.process_weights_after_loading(head)
+
+    llm.collective_rpc("reload_weights", kwargs=weights)
+    if llm.llm_engine.model_config.hf_config.tie_word_embeddings:
+        llm.apply_model(repack_tied_head)
+    llm.reset_prefix_cache()  # cached keys and values belong to the old weights
 
 
 def stop_engine(llm) -> None:
