@@ -897,7 +897,7 @@ def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dic
 
 def part_files(folder: Path, stem: str) -> list[Path]:
     """The files STEM.rank{r}.jsonl of a folder."""
-    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(r"\.rank\d+", path.stem[len(stem) :]))
+    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(re.escape(stem) + r"\.rank\d+", path.stem))
 
 
 def open_part(folder: Path, stem: str):
