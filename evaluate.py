@@ -27,10 +27,10 @@ Left out: tensor parallelism (a model must fit one GPU), few-shot prompts, verif
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import time
+import typing
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,72 +179,24 @@ def architecture(folder: str) -> dict:
     return {k: v for k, v in config.items() if k not in free and not k.endswith(("_token_id", "_dropout"))}
 
 
-def weights_stamp(folder: str) -> float:
-    """Time of the newest weight file: tells an evaluation of older weights in the same folder. 0 for a hub name."""
-    if not Path(folder).is_dir():
-        return 0.0
-    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
-    reward.check(files, f"{folder}: no weights (*.safetensors) in this folder")
-    return max(file.stat().st_mtime for file in files)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Whole lines of a file of ours: a killed process may leave half a line at the end."""
-    return [json.loads(line) for line in path.read_bytes().decode().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def parts_of(folder: Path, benchmark: str) -> list[Path]:
-    return [Path(p) for p in sorted(glob.glob(f"{glob.escape(str(folder / benchmark))}.rank*.jsonl"))]
-
-
-def finished(folder: Path, benchmark: str, problems: list[dict]) -> dict[str, dict]:
-    """{id: row} of what earlier runs left; rows must be of the same problems."""
-    rows = {}
-    for path in [folder / f"{benchmark}.jsonl", *parts_of(folder, benchmark)]:
-        for row in read_rows(path) if path.exists() else []:
-            rows[row["id"]] = row
-    asked = {problem["id"]: problem for problem in problems}
-    for row in rows.values():
-        same = asked.get(row["id"], {})
-        if any(same.get(name) != row[name] for name in ("problem", "answer")):
-            reward.die(f"{folder}: problem {row['id']!r} of {benchmark} has changed since; remove {folder} to redo it")
-    return rows
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Appends lines that are on disk when this returns, after cutting off half a line that a kill may have left."""
-    with open(path, "ab+") as file:
-        file.seek(0)
-        whole = file.read().rfind(b"\n") + 1
-        file.truncate(whole)
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metrics: Path) -> None:
     """Merges the ranks' parts in the order of the input and writes summary.json, over every benchmark done so far."""
+    path = folder / "summary.json"
+    old = json.loads(path.read_text()) if path.exists() else {"benchmarks": {}, "left_out": {}}
     for benchmark, problems in suites.items():
-        if parts := parts_of(folder, benchmark):
-            rows = finished(folder, benchmark, problems)
-            ordered = [json.dumps(rows[p["id"]], ensure_ascii=False) + "\n" for p in problems if p["id"] in rows]
-            reward.write_text(folder / f"{benchmark}.jsonl", "".join(ordered))
-            for part in parts:
-                part.unlink()
-    old = json.loads((folder / "summary.json").read_text())
+        reward.merge_parts(folder, benchmark, [problem["id"] for problem in problems])
     names = list(dict.fromkeys([*old["benchmarks"], *suites]))
-    rows = {name: read_rows(folder / f"{name}.jsonl") for name in names}
+    rows = {name: list(reward.read_parts(folder, name).values()) for name in names}
     summary = head | {
         "intervals": f"95%, percentile bootstrap over problems (never samples), {RESAMPLES} resamples",
-        "left_out": old.get("left_out", {}) | head["left_out"],
+        "left_out": old["left_out"] | head["left_out"],
         "benchmarks": {name: summarize(rows[name]) for name in names},
         "average": intervals([[problem_scores(row) for row in rows[name]] for name in names]),
     }
-    reward.write_text(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    reward.write_text(path, json.dumps(summary, indent=1, ensure_ascii=False))
     with open(metrics, "a", encoding="utf-8") as file:
         for name in suites:
-            told = {"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}
-            file.write(json.dumps(told) + "\n")
+            file.write(reward.json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
 
 
 def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
@@ -254,10 +206,9 @@ def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
     reward.check(found, f"{folder}: no finished evaluation (no summary.json here or one level below)")
     result = {}
     for path in found:
-        done = json.loads((path / "summary.json").read_text())["benchmarks"]
-        reward.check(done, f"{path}: this evaluation has not finished; start it again with its flags")
-        rows = {name: read_rows(path / f"{name}.jsonl") for name in done}
-        result[os.path.abspath(path)] = {b: {row["id"]: problem_scores(row) for row in rows[b]} for b in rows}
+        benchmarks = json.loads((path / "summary.json").read_text())["benchmarks"]
+        rows = {name: reward.read_parts(path, name) for name in benchmarks}
+        result[os.path.abspath(path)] = {b: {i: problem_scores(row) for i, row in rows[b].items()} for b in rows}
     return result
 
 
@@ -305,6 +256,72 @@ def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_benchmarks(config: Config) -> dict[str, list[dict]]:
+    """{benchmark: rows}, checked."""
+    suites: dict[str, list[dict]] = {}
+    for path in config.benchmarks:
+        name = Path(path).stem
+        reward.check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
+        rows = reward.read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str))
+        suites[name] = rows[: config.limit or None]
+        for row in suites[name]:
+            kind = row.get("kind", "math")
+            reward.check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
+    return suites
+
+
+def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typing.Iterator[tuple[int, list[dict]]]:
+    """Yields (index of the job, its n + 1 completions, not graded yet) as each (benchmark, row, prompt) finishes."""
+    requests = []  # (job, greedy, prompt, parameters)
+    for j, (benchmark, row, ids) in enumerate(jobs):
+        room = min(config.max_tokens, config.max_model_len - len(ids))
+        seed = reward.request_seed(config.seed, benchmark, row["id"])
+        requests.append((j, False, ids, reward.sampling(tokenizer, config.n, config.temperature, room, seed)))
+        if config.greedy:
+            requests.append((j, True, ids, reward.sampling(tokenizer, 1, 0.0, room, seed)))
+    completions: list[list[dict]] = [[] for _ in jobs]
+    for r, outputs in reward.generate(engine, [r[2] for r in requests], [r[3] for r in requests], desc):
+        j, greedy = requests[r][:2]
+        for output in outputs:
+            text = reward.decode(tokenizer, output.token_ids)
+            told = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
+            told |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
+            completions[j].append(told)
+        if len(completions[j]) == config.n + config.greedy:
+            yield j, sorted(completions[j], key=lambda c: c["greedy"])  # the samples in their order, then the greedy
+
+
+def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> None:
+    """Answers and grades this rank's jobs; appends them to the parts of their benchmarks, some rows at a time.
+
+    The engine waits while answers are graded, so few large batches are graded rather than each row by itself.
+    """
+    waiting: list[tuple[int, list[dict]]] = []
+    clock, left = time.time(), len(jobs)
+    parts = {benchmark: reward.open_part(folder, benchmark) for benchmark, _, _ in jobs}
+    for finished in answer_all(engine, config, tokenizer, jobs, folder.name):
+        waiting.append(finished)
+        left -= 1
+        if left and len(waiting) < FLUSH_ROWS and time.time() - clock < FLUSH_SECONDS:
+            continue
+        flat = [(c, jobs[j][1]["answer"]) for j, completions in waiting for c in completions]
+        timeouts = reward.FAILURES["timeouts"]
+        for (c, _), correct in zip(flat, reward.verify_all([c["text"] for c, _ in flat], [a for _, a in flat])):
+            c["correct"] = correct
+        timeouts = reward.FAILURES["timeouts"] - timeouts
+        clock, seconds = time.time(), time.time() - clock
+        for j, completions in waiting:
+            benchmark, row, _ = jobs[j]
+            told = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
+            share = sum(c["tokens"] for c in completions) / sum(c["tokens"] for c, _ in flat)
+            told |= {"completions": completions, "weights": row["weights"], "seconds": round(seconds * share, 4)}
+            parts[benchmark].write(reward.json_line(told | {"grading_timeouts": timeouts}))
+            timeouts = 0  # of the whole batch: told once
+        waiting = []
 
 
 def main():
@@ -316,81 +333,58 @@ def main():
     # --- 1. read and check everything before a model is loaded ---
     output = Path(config.output_dir)
     models = name_models(config.models)
-    suites: dict[str, list[dict]] = {}
-    for path in config.benchmarks:
-        name = Path(path).stem
-        reward.check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
-        suites[name] = reward.read_jsonl(path, {"id": str, "problem": str, "answer": str})[: config.limit or None]
-        for row in suites[name]:
-            kind = row.get("kind", "math")
-            reward.check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
+    suites = read_benchmarks(config)
     tokenizers = {name: reward.load_tokenizer(path) for name, path in models.items()}
-    stamps = {name: weights_stamp(path) for name, path in models.items()}
+    stamps = {name: reward.weights_stamp(path, config.max_model_len) for name, path in models.items()}
+    vocab = {name: reward.used_vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
+    shapes = {name: architecture(path) | {"used vocabulary": vocab[name]} for name, path in models.items()}
     first, *others = models
-    shapes = {name: architecture(path) | {"used tokens": reward.used_vocabulary(tokenizers[name])} for name, path in models.items()}
     for name in others:
         for key in sorted(shapes[first].keys() | shapes[name].keys()):
             a, b = shapes[first].get(key), shapes[name].get(key)
-            reward.check(
-                a == b, f"{models[name]}: {key} is {b}, but {a} in {models[first]}; evaluate it by a call of its own"
-            )
-    reward.save_config(config, output, resumable=("models", "benchmarks", "compare"))
+            told = f"{models[name]}: {key} is {b}, but {a} in {models[first]}"
+            reward.check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
+    reward.save_config(config, output, resumable=("models", "benchmarks", "compare", "gpu_memory"))
 
     # --- 2. prompts, and what is already done ---
     rank, world, device = reward.init_distributed()
-    prompts: dict[tuple[str, str, str], list[int]] = {}  # (model, benchmark, id) -> token ids
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
-    work: dict[str, list[tuple[str, dict]]] = {name: [] for name in models}  # (benchmark, row) not done yet
+    work: dict[str, list[tuple[str, dict, list[int]]]] = {name: [] for name in models}  # (benchmark, row, prompt)
     for name in models:
-        folder = output / name
-        if (folder / "summary.json").exists():
-            old = json.loads((folder / "summary.json").read_text())
-            same = old["model"] == os.path.abspath(models[name]) and old["weights"] == stamps[name]
-            reward.check(
-                same, f"{folder} holds an evaluation of {old['model']} with other weights; remove it or rename"
-            )
         for benchmark, rows in suites.items():
-            done = finished(folder, benchmark, rows)
-            for row in rows:
-                ids = reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"]))
-                if len(ids) + 1 > config.max_model_len:
-                    left_out[name].setdefault(benchmark, []).append(row["id"])
-                elif row["id"] not in done:
-                    prompts[name, benchmark, row["id"]] = ids
-                    work[name].append((benchmark, row))
-            missing = left_out[name].get(benchmark, [])
-            if missing and rank == 0:
-                print(f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len, left out: {missing}")
-            reward.check(
-                len(missing) < len(rows), f"{benchmark}: no prompt fits --max_model_len {config.max_model_len}"
-            )
+            rows = [row | {"weights": stamps[name]} for row in rows]
+            done = reward.read_parts(output / name, benchmark, rows)
+            prompts = [reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
+            fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
+            work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
+            if not all(fits):
+                missing = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
+                told = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
+                reward.check(any(fits), told)
+                if rank == 0:
+                    print(f"{told}, left out: {' '.join(missing)}", flush=True)
     dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
 
-    # --- 3. one engine for all models ---
-    engine, loaded = None, ""
+    engine = None
     for name, path in models.items():
         folder = output / name
-        if rank == 0:
-            folder.mkdir(exist_ok=True)
-            head = {"model": os.path.abspath(path), "weights": stamps[name], "benchmarks": {}}
-            if not (folder / "summary.json").exists():
-                reward.write_text(folder / "summary.json", json.dumps(head))
-        dist.barrier()
-        if work[name] and engine is None:
-            engine = reward.start_engine(path, config.max_model_len, device, shapes[name]["tokens"], config.gpu_memory)
-        elif work[name] and loaded != name:
-            engine.collective_rpc("reload_weights", kwargs=dict(weights_path=path))
-            engine.reset_prefix_cache()
-        loaded = name
+        folder.mkdir(exist_ok=True)
+        if work[name]:
+            # --- 3. the first model starts the engine, the others take their place in it ---
+            if engine is None:
+                engine = reward.start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
+            else:
+                engine.collective_rpc("reload_weights", kwargs=dict(weights_path=path))
+                engine.reset_prefix_cache()
 
-        # --- 4. generate, grade, flush ---
-        mine = work[name][rank::world]
-        evaluate(engine, config, tokenizers[name], prompts, name, mine, folder, rank)
-        dist.barrier()
+            # --- 4. generate, grade, flush ---
+            evaluate(engine, config, tokenizers[name], work[name][rank::world], folder)
+            dist.barrier()
 
         # --- 5. merge and summarize ---
         if rank == 0:
-            finish_model(folder, suites, head | {"left_out": left_out[name]}, output / "metrics.jsonl")
+            head = {"model": os.path.abspath(path), "weights": stamps[name], "left_out": left_out[name]}
+            finish_model(folder, suites, head, output / "metrics.jsonl")
     if engine is not None:
         reward.stop_engine(engine)
     if rank == 0:
@@ -398,55 +392,6 @@ def main():
         print_tables(own | compared)
     dist.barrier()
     dist.destroy_process_group()
-
-
-def evaluate(engine, config: Config, tokenizer, prompts, name: str, work: list, folder: Path, rank: int) -> None:
-    """Answers and grades this rank's (benchmark, row) pairs and flushes them to the benchmark's part of this rank."""
-    requests = []  # (index into work, greedy, prompt, parameters)
-    for i, (benchmark, row) in enumerate(work):
-        ids = prompts[name, benchmark, row["id"]]
-        room = min(config.max_tokens, config.max_model_len - len(ids))
-        seed = reward.request_seed(config.seed, benchmark, row["id"])
-        requests.append((i, False, ids, reward.sampling(tokenizer, config.n, config.temperature, room, seed)))
-        if config.greedy:
-            requests.append((i, True, ids, reward.sampling(tokenizer, 1, 0.0, room, seed)))
-    parts: list[list[dict]] = [[] for _ in work]  # completions of each row so far
-    waiting: list[int] = []  # rows that are complete and not graded yet
-    clock = time.time()
-    for count, (r, outputs) in enumerate(
-        reward.generate(engine, [r[2] for r in requests], [r[3] for r in requests], desc=name) if requests else [], 1
-    ):
-        i, greedy = requests[r][:2]
-        for output in outputs:
-            text = reward.decode(tokenizer, output.token_ids)
-            end = dict(tokens=len(output.token_ids), finish=output.finish_reason, greedy=greedy)
-            parts[i].append(dict(text=text, predicted=reward.extract_answer(text), correct=False) | end)
-        if len(parts[i]) == config.n + config.greedy:
-            waiting.append(i)
-        if len(waiting) >= FLUSH_ROWS or time.time() - clock > FLUSH_SECONDS or count == len(requests):
-            clock = flush(work, parts, waiting, folder, rank, clock)
-            waiting = []
-
-
-def flush(work: list, parts: list, waiting: list[int], folder: Path, rank: int, clock: float) -> float:
-    """Grades the waiting rows and appends them to their benchmarks' files; returns the time when it is done."""
-    for i in waiting:
-        parts[i].sort(key=lambda c: c["greedy"])  # the samples in order, then the greedy one
-    flat = [(c, work[i][1]["answer"]) for i in waiting for c in parts[i]]
-    for (completion, _), correct in zip(flat, reward.verify_all([c["text"] for c, _ in flat], [a for _, a in flat])):
-        completion["correct"] = correct
-    now = time.time()
-    tokens = sum(c["tokens"] for c, _ in flat)
-    rows: dict[str, list[dict]] = {}
-    for i in waiting:
-        benchmark, row = work[i]
-        share = sum(c["tokens"] for c in parts[i]) / tokens  # of the time since the last flush
-        told = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
-        told |= {"completions": parts[i], "seconds": round((now - clock) * share, 4), "grading_timeouts": 0}
-        rows.setdefault(benchmark, []).append(told)
-    for benchmark, added in rows.items():
-        append_rows(folder / f"{benchmark}.rank{rank}.jsonl", added)
-    return now
 
 
 if __name__ == "__main__":
