@@ -433,9 +433,8 @@ def _scan(text: str) -> list[Statement]:
             # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
             begins = before is None or before.kind == "stop"
             sides[0] = first = first[first[0].end < first[1].start :] if begins else []
-        share = (
-            [t.text for t in first[1:2]] == ["/"] and len(first) == 3 and signs[0] != "="
-        )  # "2/5 is equal to 12 eggs"
+        # "2/5 is equal to 12 eggs" speaks of a share
+        share = signs[0] != "=" and len(first) == 3 and first[1].text == "/"
         if first and (share or not _alone(first, before, left=True)):
             sides[0] = []
         if last and not _alone(last, after, left=False):

@@ -149,6 +149,7 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
         ("5(4) -6 + 4 = 18", []),
         ("Day 1 = 18", []),
         ("1/0=5", []),
+        ("2/5 is equal to 12 eggs", []),
         ("1" * 100 + "+1=2", []),
     ],
 )
@@ -184,6 +185,7 @@ def test_rounding(text, holds):
         (r"15+3=18. \boxed{18}", 0.5),
         (r"18-11=7. 15+3=18. \boxed{18}", 0.5),
         (r"First there are 18, which leaves 7. \boxed{7}", 1.0),
+        ("First there are 18. 18-11=7.", 1.0),
         (r"\boxed{8}", 0.0),
         (r"15+3=-18. 18-11=-7. \boxed{-7}", 0.0),
     ],
@@ -288,6 +290,7 @@ def test_alignments():
     assert reward.align_nll(-3000.0, -1.0, 0.5) == pytest.approx(0.0)
     assert reward.align_kl([-1.0, -1.0], [-1.5, -2.0], 0.5) == pytest.approx(1 - 0.5 * 0.75)
     assert reward.align_kl([-2.0, -2.0], [-1.0, -1.0], 0.5) == 1.0  # clipped below at 0
+    assert reward.align_kl([0.0] * 10, [-100.0] + [0.0] * 9, 0.5) == pytest.approx(1 - 0.5 * 5 / 10)
     assert reward.align_kl([0.0, 0.0], [-100.0, 0.0], 0.5) == pytest.approx(1 - 0.5 * 2)  # 5, then 2.5, then 2
 
 
