@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# DART from end to end in a world that two CPU cores can build: does rewriting the demonstrations help?
+#
+#   bash runs/toy.sh                  # seed 0; the table is printed and kept as out/toy/report.md
+#   for SEED in 0 1 2; do SEED=$SEED bash runs/toy.sh; done        # the table then has means and intervals
+#
+# A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Every arm
+# sees the same problems, steps, schedule and prompt. The numbers below were chosen by runs/tune.sh on seed 100, from one
+# grid for all arms; no result uses that seed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash runs/setup.sh
+
+SEED="${SEED:-0}"
+OUT="${OUT:-out/toy}/seed$SEED"
+SFT_STEPS=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
+SFT_GRID="--lr 1e-3 --steps 160"     # expert text
+PROMPTED_GRID="--lr 1e-3 --steps 160" # untrained mapper's rewrites
+DART_GRID="--lr 1e-3 --steps 160"    # trained mapper's rewrites
+ORACLE_GRID="--lr 1e-3 --steps 160"  # native text
+RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
+    --gradient_checkpointing False --seed "$SEED")
+MAPPER_GRID="--lr 3e-4 --steps 60"
+GRPO_GRID="--lr 3e-4"
+REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
+SUITES=(in_distribution shorter longer reworded)
+
+# One process a GPU, or two on a CPU, one thread each: generation is bound by Python, so processes beat threads here.
+if GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$GPUS" -gt 0 ]; then PROCESSES=$GPUS; else PROCESSES=2; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+
+# stage NAME COMMAND...: runs COMMAND --output_dir OUT/NAME once, and keeps its wall-clock seconds.
+stage() {
+    local folder="$OUT/$1" started=$SECONDS
+    shift
+    if [ -f "$folder/seconds" ]; then return; fi
+    echo "--- $folder"
+    .venv/bin/torchrun --standalone --nproc-per-node="$PROCESSES" "$@" --output_dir "$folder"
+    echo $((SECONDS - started)) >"$folder/seconds"
+}
+seconds() { local sum=0 name; for name in "$@"; do sum=$((sum + $(cat "$OUT/$name/seconds"))); done; echo "$sum"; }
+# sft ARM DATA LR-AND-STEPS...: fine-tunes the base model on a training set.
+sft() { local arm="$1" data="$2"; shift 2; stage "$arm/sft" sft.py --model "$BASE" --data "$data" "${SFT_STEPS[@]}" "$@"; }
+
+# --- the world: base model, demonstrations in the expert's words, benchmarks ---
+if [ ! -d "$OUT/world/base" ]; then
+    echo "--- $OUT/world"
+    OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$OUT/world" --seed "$SEED"
+fi
+WORLD="$OUT/world" BASE="$OUT/world/base"
+
+# --- SFT on the expert's text, and on native text, which only a toy can have ---
+sft sft "$WORLD/demos.jsonl" $SFT_GRID
+sft oracle "$WORLD/oracle.jsonl" $ORACLE_GRID
+
+# --- prompted rewriting: the base model as an untrained mapper, then SFT ---
+stage prompted/rewrite rewrite.py --method map --target "$BASE" --data "$WORLD/demos.jsonl" "${REWRITE[@]}"
+sft prompted "$OUT/prompted/rewrite/train.jsonl" $PROMPTED_GRID
+
+# --- DART: train the mapper, rewrite, SFT ---
+stage dart/mapper mapper_rl.py --task map --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $MAPPER_GRID
+stage dart/rewrite rewrite.py --method dart --mapper "$OUT/dart/mapper/model" --target "$BASE" \
+    --data "$WORLD/demos.jsonl" "${REWRITE[@]}"
+sft dart "$OUT/dart/rewrite/train.jsonl" $DART_GRID
+
+# --- direct GRPO on the target, for as long as all of DART took ---
+stage grpo/solve mapper_rl.py --task solve --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $GRPO_GRID \
+    --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" --export_every 40
+
+# --- evaluation: all models in one engine ---
+SUITE_FILES=()
+for suite in "${SUITES[@]}"; do SUITE_FILES+=("$WORLD/$suite.jsonl"); done
+MODELS=("base=$BASE")
+for arm in sft prompted dart oracle; do MODELS+=("$arm=$OUT/$arm/sft/model"); done
+MODELS+=("grpo=$OUT/grpo/solve/model")
+for path in "$OUT"/grpo/solve/model-*; do MODELS+=("grpo-${path##*-}=$path"); done
+stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" \
+    --n 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED"
+
+.venv/bin/python runs/toy_report.py "${OUT%/*}"
