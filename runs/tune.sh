@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# How the learning rates and steps in runs/toy.sh were chosen: one grid for every arm that fine-tunes, equal trials for
+# both RL runs, on seed 100, which no result uses, by accuracy on the validation split (all suites mixed).
+#
+#   bash runs/tune.sh             # about an hour and a half on two cores; the table is kept as out/tune/table.md
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash runs/setup.sh
+
+OUT=out/tune/seed100 WORLD=out/tune/seed100/world BASE=out/tune/seed100/world/base
+LRS=(3e-4 1e-3 2e-3) STEPS=(40 160 400)  # 40 steps: 2 passes over the demonstrations
+RL_LRS=(1e-4 3e-4 1e-3)
+if GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$GPUS" -gt 0 ]; then PROCESSES=$GPUS; else PROCESSES=2; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+
+# stage FOLDER COMMAND...: runs COMMAND --output_dir FOLDER (a script that has finished there says so and returns).
+stage() { echo "--- $1"; .venv/bin/torchrun --standalone --nproc-per-node="$PROCESSES" "${@:2}" --output_dir "$1"; }
+
+# grid ARM DATA: fine-tunes with every learning rate and number of steps, and scores the models on the validation split.
+grid() {
+    local models=() lr steps name
+    for lr in "${LRS[@]}"; do
+        for steps in "${STEPS[@]}"; do
+            name="$1-$lr-$steps"
+            stage "$OUT/sft/$name" sft.py --model "$BASE" --data "$2" --lr "$lr" --steps "$steps" --batch_size 32 \
+                --warmup 0.1 --micro_batch_tokens 4096
+            models+=("$name=$OUT/sft/$name/model")
+        done
+    done
+    validate "${models[@]}"
+}
+validate() {
+    stage "$OUT/eval" evaluate.py --models "$@" --benchmarks "$WORLD/validation.jsonl" --n 4 --greedy False \
+        --max_tokens 128 --max_model_len 384
+}
+RL=(--model "$BASE" --data "$WORLD/demos.jsonl" --groups 24 --group_size 8 --max_tokens 128 --max_model_len 384
+    --warmup_steps 2 --micro_batch_tokens 4096 --gradient_checkpointing False)
+REWRITE=(--target "$BASE" --data "$WORLD/demos.jsonl" --samples 8 --max_tokens 128 --max_model_len 384)
+
+[ -d "$BASE" ] || OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed 100
+
+# --- acceptance of the world: base, SFT on the expert's text, SFT on native text; no mapper yet ---
+validate "base=$BASE"
+grid sft "$WORLD/demos.jsonl"
+grid oracle "$WORLD/oracle.jsonl"
+
+# --- the other arms ---
+stage "$OUT/prompted" rewrite.py --method map "${REWRITE[@]}"
+grid prompted "$OUT/prompted/train.jsonl"
+for lr in "${RL_LRS[@]}"; do
+    stage "$OUT/mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
+    stage "$OUT/dart-$lr" rewrite.py --method dart --mapper "$OUT/mapper-$lr/model" "${REWRITE[@]}"
+    stage "$OUT/grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
+    validate "grpo-$lr=$OUT/grpo-$lr/model"
+done
+# the mapper's learning rate: the one with the highest reward at the end
+BEST=$(.venv/bin/python - "$OUT" "${RL_LRS[@]}" <<'PY'
+import json, sys
+from pathlib import Path
+def final_reward(lr):
+    rows = Path(sys.argv[1], f"mapper-{lr}/metrics.jsonl").read_text().splitlines()[-5:]
+    return sum(json.loads(row)["reward"] for row in rows)
+print(max(sys.argv[2:], key=final_reward))
+PY
+)
+grid dart "$OUT/dart-$BEST/train.jsonl"
+
+# --- the table ---
+.venv/bin/python - "$OUT" "$BEST" <<'PY'
+import json, sys
+from pathlib import Path
+out, best = Path(sys.argv[1]), sys.argv[2]
+lines = [f"Validation accuracy in %, seed 100 (mapper's learning rate: {best})", "", "| run | avg@4 |", "|---|---|"]
+for path in sorted(out.glob("eval/*/summary.json")):
+    value = json.loads(path.read_text())["benchmarks"]["validation"]["avg@n"]["value"]
+    lines.append(f"| {path.parent.name} | {100 * value:.1f} |")
+table = "\n".join(lines) + "\n"
+(out.parent / "table.md").write_text(table)
+print(table)
+PY
