@@ -52,7 +52,7 @@ class Config:
     )  # model folders; NAME=FOLDER names one, else its last path part does
     benchmarks: list[str] = field(default_factory=list)  # JSONL files {id, problem, answer}; named by their file stem
     output_dir: str = ""  # where NAME/BENCHMARK.jsonl and NAME/summary.json go; started again, only the rest is done
-    n: int = 4  # samples per problem; more narrow the interval of avg@n, but never below what the problems allow
+    samples: int = 4  # n, answers sampled per problem; more narrow the intervals, but not below what the problems allow
     temperature: float = 1.0  # of the n samples; 1 is the distribution that was trained, lower ones sharpen it
     greedy: bool = True  # one greedy answer per problem besides
     max_tokens: int = 4096  # tokens of an answer, clipped to what the context leaves; too few show as truncation
@@ -67,7 +67,7 @@ class Config:
         if self.models:
             reward.check(self.benchmarks, "--benchmarks must name at least one JSONL file")
             reward.check(self.output_dir, "--output_dir must be given")
-        reward.check(self.n >= 1, f"--n must be 1 or more, got {self.n}")
+        reward.check(self.samples >= 1, f"--samples must be 1 or more, got {self.samples}")
         reward.check(self.temperature > 0, f"--temperature must be above 0 (see --greedy), got {self.temperature}")
         reward.check(self.max_tokens >= 1, f"--max_tokens must be 1 or more, got {self.max_tokens}")
         reward.check(self.max_model_len >= 2, f"--max_model_len must be 2 or more, got {self.max_model_len}")
@@ -219,10 +219,8 @@ def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
 
 def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
     """avg@n of every model on every benchmark, and every model against the first."""
-    labels = {path: Path(path).name for path in evaluations}
-    for path, label in labels.items():
-        if list(labels.values()).count(label) > 1:
-            labels[path] = f"{Path(path).parent.name}/{label}"
+    names = Counter(Path(path).name for path in evaluations)
+    labels = {p: Path(p).name if names[Path(p).name] == 1 else "/".join(Path(p).parts[-2:]) for p in evaluations}
     benchmarks = list(dict.fromkeys(b for suites in evaluations.values() for b in suites))
     shared = [b for b in benchmarks if all(b in suites for suites in evaluations.values())]
     columns = [(b, [b]) for b in benchmarks] + [("average", shared)] * (len(shared) > 1)
@@ -280,7 +278,7 @@ def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typi
     for j, (benchmark, row, ids) in enumerate(jobs):
         room = min(config.max_tokens, config.max_model_len - len(ids))
         seed = reward.request_seed(config.seed, benchmark, row["id"])
-        requests.append((j, False, ids, reward.sampling(tokenizer, config.n, config.temperature, room, seed)))
+        requests.append((j, False, ids, reward.sampling(tokenizer, config.samples, config.temperature, room, seed)))
         if config.greedy:
             requests.append((j, True, ids, reward.sampling(tokenizer, 1, 0.0, room, seed)))
     completions: list[list[dict]] = [[] for _ in jobs]
@@ -291,7 +289,7 @@ def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typi
             told = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
             told |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
             completions[j].append(told)
-        if len(completions[j]) == config.n + config.greedy:
+        if len(completions[j]) == config.samples + config.greedy:
             yield j, sorted(completions[j], key=lambda c: c["greedy"])  # the samples in their order, then the greedy
 
 
@@ -344,10 +342,9 @@ def main():
             a, b = shapes[first].get(key), shapes[name].get(key)
             told = f"{models[name]}: {key} is {b}, but {a} in {models[first]}"
             reward.check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
-    reward.save_config(config, output, resumable=("models", "benchmarks", "compare", "gpu_memory"))
+    reward.save_config(config, output, resumable=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
 
     # --- 2. prompts, and what is already done ---
-    rank, world, device = reward.init_distributed()
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
     work: dict[str, list[tuple[str, dict, list[int]]]] = {name: [] for name in models}  # (benchmark, row, prompt)
     for name in models:
@@ -361,8 +358,9 @@ def main():
                 missing = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
                 told = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
                 reward.check(any(fits), told)
-                if rank == 0:
+                if os.environ.get("RANK", "0") == "0":
                     print(f"{told}, left out: {' '.join(missing)}", flush=True)
+    rank, world, device = reward.init_distributed()
     dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
 
     engine = None

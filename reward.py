@@ -81,6 +81,8 @@ def load_tokenizer(folder: str):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         die(f"{folder}: no tokenizer could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder")
+    if not tokenizer.encode("1 + 1", add_special_tokens=False):
+        die(f"{folder}: the tokenizer has no vocabulary; is tokenizer.json missing?")
     if not tokenizer.chat_template:
         die(
             f"{folder}: the tokenizer has no chat template; for a base model, put a file chat_template.jinja into the "
@@ -794,6 +796,8 @@ def parse_config(cls):
     for field in dataclasses.fields(cls):
         field.metadata = {"help": comments.get(field.name, "").replace("%", "%%"), **field.metadata}
     parser = HfArgumentParser(cls, allow_abbrev=False, usage="%(prog)s --flag value ... (--help lists all flags)")
+    unknown = parser.parse_known_args()[1]
+    check(not unknown, f"unknown flag: {' '.join(unknown)} (--help lists all flags)")
     return parser.parse_args_into_dataclasses()[0]
 
 

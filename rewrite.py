@@ -210,14 +210,14 @@ def main():
     rows = [row | {"weights": stamps} for row in rows if row["id"] not in dropped]
     reward.check(rows, f"{config.data}: no demonstration's prompt fits --max_model_len {config.max_model_len}")
     output = Path(config.output_dir)
-    reward.save_config(config, output, resumable=("score_tokens", "gpu_memory"))
+    reward.save_config(config, output, resumable=("output_dir", "score_tokens", "gpu_memory"))
+    scored = reward.read_parts(output, "scored", rows)
+    known = reward.read_parts(output, "candidates", rows)
     rank, world, device = reward.init_distributed()
     if dropped and rank == 0:
         print(f"{len(dropped)} prompts exceed --max_model_len {config.max_model_len}, dropped: {' '.join(dropped)}")
 
     # --- 2. generate ---
-    scored = reward.read_parts(output, "scored", rows)
-    known = reward.read_parts(output, "candidates", rows)
     dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
     todo = [(row, prompts[row["id"]]) for row in rows if row["id"] not in known.keys() | scored.keys()]
     if todo:

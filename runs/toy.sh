@@ -75,6 +75,6 @@ for arm in sft prompted dart oracle; do MODELS+=("$arm=$OUT/$arm/sft/model"); do
 MODELS+=("grpo=$OUT/grpo/solve/model")
 for path in "$OUT"/grpo/solve/model-*; do MODELS+=("grpo-${path##*-}=$path"); done
 stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" \
-    --n 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED"
+    --samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED"
 
 .venv/bin/python runs/toy_report.py "${OUT%/*}"

@@ -30,7 +30,7 @@ grid() {
     validate "${models[@]}"
 }
 validate() {
-    stage "$OUT/eval" evaluate.py --models "$@" --benchmarks "$WORLD/validation.jsonl" --n 4 --greedy False \
+    stage "$OUT/eval" evaluate.py --models "$@" --benchmarks "$WORLD/validation.jsonl" --samples 4 --greedy False \
         --max_tokens 128 --max_model_len 384
 }
 RL=(--model "$BASE" --data "$WORLD/demos.jsonl" --groups 24 --group_size 8 --max_tokens 128 --max_model_len 384

@@ -1,0 +1,474 @@
+"""Stages 2 and 4 as a user starts them: rewrite.py and evaluate.py with a real engine, killed, continued, misused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, sum_demonstrations
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import evaluate
+import reward
+import rewrite
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def start(script: str, flags: str, processes: int = 1) -> subprocess.Popen:
+    """A script in a process group of its own, so that all of it can be killed."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    env |= {"OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*python, str(ROOT / script), *flags.split()], env=env, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def kill_once_written(process: subprocess.Popen, path: Path) -> list[dict]:
+    """SIGKILL as soon as the first rows are on disk; they are returned, and half a line is left behind them."""
+    deadline = time.time() + 120
+    while not (path.exists() and path.stat().st_size) and time.time() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    whole = path.read_text().rpartition("\n")[0]
+    path.write_text(whole + '\n{"id": "s1", "compl')
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if "seconds" not in k and k != "grading_timeouts"} for row in rows]
+
+
+def fails(module, flags: str, monkeypatch, capsys) -> str:
+    """The one line with which a script ends."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *flags.split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that the tests below look at
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model):
+    """Two models of one shape, demonstrations, two benchmarks; the last problem of the second does not fit."""
+    folder = tmp_path_factory.mktemp("world")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.6)  # a flatter distribution: worse answers
+    model.save_pretrained(folder / "other")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "other")
+    write(folder / "sums.jsonl", sum_demonstrations(200, seed=1))
+    few = sum_demonstrations(7, seed=2)
+    few[3]["answer"] = "99"  # nobody will say that
+    write(folder / "few.jsonl", [*few, {"id": "long", "problem": "Add 1 and 2. " * 40, "answer": "3"}])
+    write(
+        folder / "demos.jsonl", [*sum_demonstrations(150, seed=3), few[0] | {"id": "long", "solution": "1+1=2. " * 99}]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluations(world, tiny_model):
+    """(folder of a run over two models, folder of a run over one that was killed and continued, its rows at the kill,
+    what both printed)"""
+    flags = f"--benchmarks {world}/sums.jsonl {world}/few.jsonl --samples 3 --max_tokens 30 --max_model_len 160"
+    whole = start("evaluate.py", f"--models {tiny_model} {world}/other {flags} --output_dir {world}/whole")
+    killed = f"--models {world}/other {flags} --output_dir {world}/killed"
+    rows = kill_once_written(start("evaluate.py", killed), world / "killed/other/sums.rank0.jsonl")
+    first = finish(whole)
+    return world / "whole", world / "killed", rows, first, finish(start("evaluate.py", killed, processes=2))
+
+
+@pytest.fixture(scope="module")
+def rewrites(world, tiny_model):
+    """The same of rewrite.py, with another mapper than the target. When it goes on, 40 rows have been scored besides,
+    by a third rank; their expert_align is marked."""
+    flags = f"--target {tiny_model} --mapper {world}/other --data {world}/demos.jsonl --samples 4 --min_fidelity 0.5"
+    flags += " --max_tokens 30 --max_model_len 200 --output_dir"
+    whole = start("rewrite.py", f"{flags} {world}/rewritten")
+    killed = start("rewrite.py", f"{flags} {world}/continued")
+    rows = kill_once_written(killed, world / "continued/candidates.rank0.jsonl")
+    first = finish(whole)
+    scored = [row | {"expert_align": -77.0} for row in read(world / "rewritten/scored.jsonl")[110:]]
+    write(world / "continued/scored.rank2.jsonl", [*scored, '{"id": "s1", "expert_al'])
+    last = finish(start("rewrite.py", f"{flags} {world}/continued", processes=2))
+    return world / "rewritten", world / "continued", rows, first, last
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# evaluate.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_files(world, evaluations, tiny_model):
+    folder, _, _, printed, _ = evaluations
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "other", "tiny"]
+    problems = read(world / "sums.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    summaries = {}
+    for name in ("tiny", "other"):
+        assert sorted(p.name for p in (folder / name).iterdir()) == ["few.jsonl", "summary.json", "sums.jsonl"]
+        rows = read(folder / name / "sums.jsonl")
+        assert [row["id"] for row in rows] == [problem["id"] for problem in problems]
+        right = 0
+        for row, problem in zip(rows, problems):
+            assert (row["benchmark"], row["problem"], row["answer"]) == ("sums", problem["problem"], problem["answer"])
+            assert [c["greedy"] for c in row["completions"]] == [False, False, False, True]
+            for c in row["completions"]:
+                assert c["correct"] == reward.verify(c["text"], row["answer"])
+                assert c["predicted"] == reward.extract_answer(c["text"])
+                assert c["finish"] in ("stop", "length") and 1 <= c["tokens"] <= 30
+                assert c["tokens"] == 30 or c["finish"] == "stop"
+            right += sum(c["correct"] for c in row["completions"][:3])
+        summary = summaries[name] = json.loads((folder / name / "summary.json").read_text())
+        told = summary["benchmarks"]["sums"]
+        assert told["avg@n"]["value"] == pytest.approx(right / 600)
+        assert told["avg@n"]["low"] < right / 600 < told["avg@n"]["high"]
+        assert told["maj@n"]["value"] <= told["pass@n"]["value"]
+        assert told["generated_tokens"] == sum(c["tokens"] for row in rows for c in row["completions"])
+        assert summary["left_out"] == {"few": ["long"]} and summary["benchmarks"]["few"]["problems"] == 7
+        both = [summary["benchmarks"][b]["avg@n"]["value"] for b in ("sums", "few")]
+        assert summary["average"]["avg@n"]["value"] == pytest.approx(sum(both) / 2)
+        assert not any(c["correct"] for c in read(folder / name / "few.jsonl")[3]["completions"])
+    tiny, other = (summaries[name]["benchmarks"]["sums"]["avg@n"]["value"] for name in ("tiny", "other"))
+    assert tiny > other + 0.1  # so the second model's weights were really in the engine
+    assert "1 prompts exceed --max_model_len 160, left out: long" in printed
+    assert f"{100 * tiny:.1f} ± " in printed and f"{100 * (other - tiny):+.1f}" in printed
+    # The greedy answer is the one that a plain implementation finds under the prompt that training uses.
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for row in read(folder / "tiny" / "sums.jsonl")[:3]:
+        ids = torch.tensor([reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))])
+        generated = model.generate(ids, do_sample=False, max_new_tokens=30, pad_token_id=0)[0, ids.shape[1] :]
+        assert row["completions"][3]["text"] == tokenizer.decode(generated[:-1])
+
+
+def test_killed_evaluation_goes_on(evaluations):
+    """One process was killed; two finish the work, repeat no row, and write what one undisturbed process writes."""
+    whole, killed, kept, _, printed = evaluations
+    assert 64 <= len(kept) < 200
+    rows = read(killed / "other/sums.jsonl")
+    assert [row for row in rows if row["id"] in {k["id"] for k in kept}] == sorted(kept, key=lambda k: int(k["id"][1:]))
+    for benchmark in ("sums", "few"):
+        one, two = (without_times(read(folder / f"other/{benchmark}.jsonl")) for folder in (whole, killed))
+        assert one == two
+    assert sorted(p.name for p in (killed / "other").iterdir()) == ["few.jsonl", "summary.json", "sums.jsonl"]
+    assert printed.count("avg@n in %") == 1
+
+
+def test_compare_prints_finished_evaluations(evaluations, monkeypatch, capsys):
+    whole, killed, *_ = evaluations
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--compare", str(whole), str(killed / "other")])
+    evaluate.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.count("±") == 3] == ["whole/other", "tiny", "killed/other"]
+    same = [line.split() for line in lines if line.startswith("killed/other") and "p =" in line]
+    assert len(same) == 3 and all(words[2] == "+0.0" and "1.0000" in words for words in same)
+
+
+def test_finished_evaluation_refuses_other_flags_and_inputs(
+    world, evaluations, tiny_model, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(evaluations[0], folder)
+    flags = f"--samples 3 --max_tokens 30 --max_model_len 160 --output_dir {folder} --models {tiny_model}"
+    message = fails(evaluate, f"{flags} --benchmarks {world}/sums.jsonl --seed 1", monkeypatch, capsys)
+    assert "--seed 0" in message and str(folder) in message
+    rows = read(world / "sums.jsonl")
+    changed = write(tmp_path / "sums.jsonl", [rows[0] | {"answer": "17"}, *rows[1:]])
+    message = fails(evaluate, f"{flags} --benchmarks {changed}", monkeypatch, capsys)
+    assert "answer" in message and "s0" in message
+    other = flags.replace(tiny_model, f"tiny={world}/other")
+    message = fails(evaluate, f"{other} --benchmarks {world}/sums.jsonl", monkeypatch, capsys)
+    assert "weights" in message
+
+
+def completion(predicted, correct, greedy=False) -> dict:
+    return dict(text="", predicted=predicted, correct=correct, tokens=1, finish="stop", greedy=greedy)
+
+
+@pytest.mark.parametrize(
+    "answers, expected",
+    [
+        ("7+ 7+ 8- 9-", (0.5, 1, 1)),  # two votes for 7
+        ("8- 7+ 8- 7+", (0.5, 1, 0)),  # a tie: 8 came first
+        ("7+ 8- 7+ 8-", (0.5, 1, 1)),
+        ("8- 8- 8- 7+", (0.25, 1, 0)),
+        (". . . 7+", (0.25, 1, 1)),  # no answer is no vote
+        (". . . .", (0, 0, 0)),
+    ],
+)
+def test_scores_of_a_problem(answers, expected):
+    row = {"completions": [completion(a[:-1] or None, a.endswith("+")) for a in answers.split()]}
+    scores = evaluate.problem_scores(row)
+    assert (scores["avg@n"], scores["pass@n"], scores["maj@n"]) == expected and "greedy" not in scores
+    row["completions"].append(completion("7", True, greedy=True))
+    assert evaluate.problem_scores(row) == scores | {"greedy": 1.0}  # and it is no sample
+
+
+def test_intervals_are_over_problems():
+    # Half of 100 problems solved: standard error sqrt(0.25 / 100) = 0.05, half interval 1.96 * 0.05.
+    suite = [{"avg@n": float(i % 2)} for i in range(100)]
+    told = evaluate.intervals([suite])["avg@n"]
+    assert told["value"] == 0.5
+    assert (told["high"] - told["low"]) / 2 == pytest.approx(0.098, abs=0.012)
+    # The average weighs benchmarks, not problems; two independent ones: sqrt(2) / 2 of the width.
+    both = evaluate.intervals([suite, [{"avg@n": 1.0}] * 3])["avg@n"]
+    assert both["value"] == 0.75
+    assert (both["high"] - both["low"]) / 2 == pytest.approx(0.049, abs=0.006)
+    two = evaluate.intervals([suite, suite])["avg@n"]
+    assert (two["high"] - two["low"]) / 2 == pytest.approx(0.098 / 2**0.5, abs=0.009)
+
+
+def test_paired_bootstrap_by_hand():
+    # Differences 0 and 1: the resampled mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4; P(<= 0) = 1/4, so p = 1/2.
+    told = evaluate.paired([{"a": 0.5, "b": 0.0, "c": 1.0}], [{"b": 1.0, "a": 0.5, "d": 0.0}])
+    assert (told["difference"], told["low"], told["high"], told["problems"]) == (0.5, 0.0, 1.0, 2)
+    assert told["p"] == pytest.approx(0.5, abs=0.05)
+    # The same difference everywhere: no spread, however different the problems are; p at its floor.
+    first = {str(i): i / 20 for i in range(10)}
+    told = evaluate.paired([first], [{i: v + 0.25 for i, v in first.items()}])
+    assert [told[k] for k in ("difference", "low", "high", "p")] == pytest.approx([0.25, 0.25, 0.25, 1 / 2000])
+    assert evaluate.paired([first], [first])["p"] == 1.0
+    assert evaluate.paired([first], [{"z": 1.0}]) == {}
+    # Two benchmarks: the mean of their mean differences.
+    assert evaluate.paired([{"a": 0.0}, {"b": 0.0, "c": 0.0}], [{"a": 1.0}, {"b": 0.0, "c": 0.0}])["difference"] == 0.5
+
+
+def test_bootstrap_of_arrays_is_reproducible():
+    scores = np.random.default_rng(0).random((50, 3))
+    assert (evaluate.bootstrap([scores]) == evaluate.bootstrap([scores])).all()
+    assert evaluate.bootstrap([scores]).shape == (evaluate.RESAMPLES, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rewrite.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_rewrite_files(world, rewrites, tiny_model):
+    folder, _, _, printed, _ = rewrites
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "scored.jsonl", "train.jsonl"]
+    demos = {row["id"]: row for row in read(world / "demos.jsonl")}
+    train, scored = read(folder / "train.jsonl"), read(folder / "scored.jsonl")
+    assert [row["id"] for row in train] == [row["id"] for row in scored] == [i for i in demos if i != "long"]
+    assert "1 prompts exceed --max_model_len 200, dropped: long" in printed
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+
+    def plain_align(problem: str, text: str) -> float:
+        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(problem))
+        ids = torch.tensor([prompt + tokenizer.encode(text) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]])
+        with torch.no_grad():
+            logp = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
+        return logp.gather(-1, ids[0, len(prompt) :, None]).mean().item()
+
+    for row, chosen in list(zip(scored, train))[:8]:
+        assert row["expert_align"] == pytest.approx(plain_align(row["problem"], row["solution"]), abs=1e-4)
+        assert chosen["align"] == pytest.approx(plain_align(row["problem"], chosen["solution"]), abs=1e-4)
+        assert len(row["candidates"]) == 4
+        for c in row["candidates"]:
+            assert c["align"] == pytest.approx(plain_align(row["problem"], c["text"]), abs=1e-4)
+    for row, chosen in zip(scored, train):
+        demo, clean = demos[row["id"]], [c["align"] for c in row["candidates"] if c["clean"]]
+        assert set(chosen) == {
+            "id",
+            "problem",
+            "solution",
+            "answer",
+            "source",
+            "sample",
+            "weight",
+            "align",
+            "expert_align",
+        }
+        assert (chosen["problem"], chosen["answer"], chosen["weight"]) == (demo["problem"], demo["answer"], 1.0)
+        if chosen["source"] == "expert":
+            assert not clean and chosen["solution"] == demo["solution"] and chosen["align"] == row["expert_align"]
+        else:
+            assert chosen["solution"] == row["candidates"][chosen["sample"]]["text"] and chosen["align"] in clean
+            assert reward.verify(chosen["solution"], demo["answer"])
+    told = json.loads((folder / "metrics.jsonl").read_text())
+    share = sum(row["source"] == "mapper" for row in train) / len(train)
+    assert 0 < share < 1 and told["source/mapper"] == share and told["source/expert"] == pytest.approx(1 - share)
+    assert told["generated_tokens"] == sum(c["tokens"] for row in scored for c in row["candidates"])
+    assert told["candidate/clean"] == np.mean([c["clean"] for row in scored for c in row["candidates"]])
+
+
+def test_killed_rewriting_goes_on(rewrites):
+    """One process was killed; two finish the work, repeat nothing, and write what one undisturbed process writes."""
+    whole, continued, kept, *_ = rewrites
+    assert 0 < len(kept) < 150
+    rows, reference = read(continued / "scored.jsonl"), read(whole / "scored.jsonl")
+    times, again = ({row["id"]: row["seconds"] for row in part} for part in (kept, rows[:110]))
+    shared = times.keys() & again.keys()
+    assert shared and all(times[i] == again[i] for i in shared)  # not generated again
+    assert rows[110:] == [row | {"expert_align": -77.0} for row in reference[110:]]  # nor scored again
+    assert without_times(rows[:110]) == without_times(reference[:110])
+    assert read(continued / "train.jsonl")[:110] == read(whole / "train.jsonl")[:110]
+    assert sorted(p.name for p in continued.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def candidate(text="1+2=3. \\boxed{3}", clean=1.0, align=-1.0, correct=True, finish="stop", **soft) -> dict:
+    return dict(
+        text=text, clean=clean, align=align, correct=correct, finish=finish, **dict.fromkeys(reward.SOFT, 0.0) | soft
+    )
+
+
+def config(**fields) -> rewrite.Config:
+    return rewrite.Config(target="t", data="d", output_dir="o", **fields)
+
+
+ROW = dict(id="a", problem="Add 1 and 2.", solution="One plus two is three: \\boxed{3}", answer="3", expert_align=-4.0)
+
+
+def test_dart_keeps_the_likeliest_clean_rewrite():
+    candidates = [candidate(align=-0.1, clean=0.0), candidate(align=-2.0), candidate(align=-1.0), candidate(align=-1.0)]
+    (chosen,) = rewrite.select_dart(ROW, candidates, config())
+    kept = {k: ROW[k] for k in ("id", "problem", "answer", "expert_align")}
+    told = dict(solution=candidates[2]["text"], source="mapper", sample=2, weight=1.0, align=-1.0)
+    assert chosen == kept | told
+    candidates[2]["padding"] = candidates[2]["repetition"] = candidates[3]["copies_problem"] = 1.0
+    candidates[3]["align"] = -1.6
+    assert rewrite.select_dart(ROW, candidates, config())[0]["sample"] == 2  # -1.5 before -1.85 and -2
+    assert rewrite.select_dart(ROW, candidates, config(soft_weight=0.9))[0]["sample"] == 1
+    (kept,) = rewrite.select_dart(ROW, candidates[:1], config())
+    assert (kept["source"], kept["solution"], kept["align"], kept["sample"]) == ("expert", ROW["solution"], -4.0, 0)
+
+
+def test_prompted_rewriting_keeps_the_first_right_one():
+    unfit = [
+        candidate(correct=False),
+        candidate(finish="length"),
+        candidate("\\boxed{3} so \\boxed{3}"),
+        candidate("it is 3"),
+    ]
+    fit = [candidate(align=-9.0, clean=0.0), candidate(align=-1.0)]  # no judge and no likelihood chooses here
+    assert rewrite.select_map(ROW, unfit + fit, config(method="map"))[0]["sample"] == 4
+    assert rewrite.select_map(ROW, unfit, config(method="map"))[0]["source"] == "expert"
+
+
+def test_judged_candidates():
+    row = dict(ROW, problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7")
+    steps = ("1+2=3. Then 3+4=7", 7), ("1+2=4. Then 3+4=7", 7), ("1+2=3. Then 3+4=8", 8)
+    texts = [f"We add: {step}. So \\boxed{{{answer}}}" for step, answer in steps]
+    raw = [dict(text=text, tokens=9, finish="stop") for text in texts] + [
+        dict(text=texts[0], tokens=9, finish="length")
+    ]
+
+    def clean(**fields) -> list[float]:
+        judged = rewrite.judge(row, raw, config(**fields))
+        assert [c["correct"] for c in judged] == [True, True, False, True]
+        return [c["clean"] for c in judged]
+
+    assert clean() == [1, 0, 0, 0]
+    assert clean(hard_cheats=["hedged"], min_fidelity=0.0) == [1, 1, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Misuse
+# ---------------------------------------------------------------------------------------------------------------------
+
+GOOD = '{"id": "a", "problem": "p", "solution": "s", "answer": "1"}'
+
+
+@pytest.mark.parametrize(
+    "lines, named",
+    [
+        (None, "no such file"),
+        ([], "empty"),
+        ([GOOD, "{not json"], "line 2: not JSON"),
+        ([GOOD, GOOD], "line 2: id 'a' already stands in line 1"),
+        (['{"id": "a", "problem": "p", "solution": "s"}'], "line 1: field 'answer' is missing"),
+        (['{"id": "a", "problem": " ", "solution": "s", "answer": "1"}'], "line 1: field 'problem' is empty"),
+        (['{"id": "a", "problem": "p", "solution": "s", "answer": 1}'], "line 1: field 'answer' must be str"),
+    ],
+)
+def test_bad_files(lines, named, tmp_path, tiny_model, monkeypatch, capsys):
+    path = tmp_path / "data.jsonl"
+    if lines is not None:
+        write(path, lines)
+    flags = f"--models {tiny_model} --benchmarks {path} --output_dir {tmp_path}/out"
+    message = fails(evaluate, flags, monkeypatch, capsys)
+    assert str(path) in message and named in message
+    message = fails(rewrite, f"--target {tiny_model} --data {path} --output_dir {tmp_path}/out", monkeypatch, capsys)
+    assert str(path) in message and named in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_flags_and_models(tmp_path, tiny_model, monkeypatch, capsys):
+    data = write(tmp_path / "data.jsonl", [GOOD])
+    good = f"--models {tiny_model} --benchmarks {data} --output_dir {tmp_path}/out --max_model_len 100"
+    write(tmp_path / "kind.jsonl", [json.dumps(json.loads(GOOD) | {"kind": "code"})])
+    no_tokenizer, no_weights, llama = (tmp_path / name for name in ("no_tokenizer", "no_weights", "llama"))
+    shutil.copytree(tiny_model, no_tokenizer, ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
+    shutil.copytree(tiny_model, no_weights, ignore=lambda *_: ["model.safetensors"])
+    shape = dict(hidden_size=64, num_attention_heads=2, head_dim=32, num_hidden_layers=2, intermediate_size=128)
+    LlamaForCausalLM(LlamaConfig(vocab_size=400, **shape)).save_pretrained(llama)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(llama)
+    for flags, *named in (
+        (f"{good} --sed 1", "unknown flag", "--sed"),
+        (f"{good} --colour red", "unknown flag", "--colour"),
+        (f"{good} --samples 0", "--samples"),
+        (f"{good} --temperature 0", "--temperature"),
+        (f"{good} --benchmarks {tmp_path}/kind.jsonl", "kind.jsonl", "'a'", "code"),
+        (f"{good} --max_model_len 1000", "--max_model_len 1000", "512"),
+        (f"{good} --models {no_tokenizer}", str(no_tokenizer), "tokenizer"),
+        (f"{good} --models {no_weights}", str(no_weights), "weights"),
+        (f"{good} --models {tmp_path}/none", f"{tmp_path}/none"),
+        (f"{good} --models {tiny_model} {tiny_model}", "tiny", "NAME="),
+        (f"{good} --models {tiny_model} {llama}", str(llama), "architectures", "LlamaForCausalLM", "Qwen3ForCausalLM"),
+        (f"--compare {tmp_path}", str(tmp_path), "summary.json"),
+        ("", "--models", "--compare"),
+    ):
+        message = fails(evaluate, flags, monkeypatch, capsys)
+        assert all(name in message for name in named), message
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    good = f"--target {tiny_model} --data {data} --output_dir {tmp_path}/out --max_model_len 400"
+    for flags, *named in (
+        (f"{good} --method polish", "--method", "polish", "dart"),
+        (f"{good} --hard_cheats hedged lying", "--hard_cheats", "lying"),
+        (f"{good} --sample 3", "unknown flag", "--sample"),
+        (f"{good} --min_fidelity 1.5", "--min_fidelity", "1.5"),
+        (f"{good} --mapper {other}", str(other), tiny_model, "tokenizer"),
+        (f"{good} --max_model_len 20", data, "--max_model_len 20"),
+        (f"--data {data} --output_dir x", "--target"),
+    ):
+        message = fails(rewrite, flags, monkeypatch, capsys)
+        assert all(name in message for name in named), message
+    assert not (tmp_path / "out").exists()
