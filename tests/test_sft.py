@@ -135,7 +135,7 @@ def test_equals_plain_training(tiny_model, tmp_path, monkeypatch, loss):
     stream = order[0] + order[1]
     batches = [[rows[i] for i in stream[3 * k : 3 * k + 3]] for k in range(4)]
     lrs = [0.5e-3, 1e-3, 1e-3, 0.55e-3]  # two steps of warm-up; the cosine at 0 and half way from 1e-3 to 1e-4
-    losses, norms, model = plain_training(tiny_model, batches, sft.POWER[loss], lrs)
+    losses, norms, model = plain_training(tiny_model, batches, {"sft": 0, "dft": 1}[loss], lrs)
     assert curve(got, "lr") == pytest.approx(lrs, rel=1e-6)
     assert curve(got) == pytest.approx(losses, abs=2e-5)
     assert curve(got, "grad_norm") == pytest.approx(norms, rel=1e-3)
