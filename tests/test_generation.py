@@ -41,14 +41,14 @@ def start(script: str, flags: str, processes: int = 1) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=240)[0]
+    output = process.communicate(timeout=500)[0]
     assert process.returncode == 0, output
     return output
 
 
 def kill_once_written(process: subprocess.Popen, path: Path) -> list[dict]:
     """SIGKILL as soon as the first rows are on disk; they are returned, and half a line is left behind them."""
-    deadline = time.time() + 120
+    deadline = time.time() + 500
     while not (path.exists() and path.stat().st_size) and time.time() < deadline:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
@@ -122,7 +122,8 @@ def rewrites(world, tiny_model):
     rows = kill_once_written(killed, world / "continued/candidates.rank0.jsonl")
     first = finish(whole)
     scored = [row | {"expert_align": -77.0} for row in read(world / "rewritten/scored.jsonl")[110:]]
-    write(world / "continued/scored.rank2.jsonl", [*scored, '{"id": "s1", "expert_al'])
+    part = Path(write(world / "continued/scored.rank2.jsonl", scored))
+    part.write_text(part.read_text() + '{"id": "s1", "expert_al')
     last = finish(start("rewrite.py", f"{flags} {world}/continued", processes=2))
     return world / "rewritten", world / "continued", rows, first, last
 
@@ -170,8 +171,8 @@ def test_evaluation_files(world, evaluations, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for row in read(folder / "tiny" / "sums.jsonl")[:3]:
         ids = torch.tensor([reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))])
-        generated = model.generate(ids, do_sample=False, max_new_tokens=30, pad_token_id=0)[0, ids.shape[1] :]
-        assert row["completions"][3]["text"] == tokenizer.decode(generated[:-1])
+        options = dict(do_sample=False, max_new_tokens=30, pad_token_id=2, attention_mask=torch.ones_like(ids))
+        assert row["completions"][3]["text"] == tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] : -1])
 
 
 def test_killed_evaluation_goes_on(evaluations):
