@@ -65,7 +65,9 @@ class Config:
     align: str = "nll"  # nll: sigmoid of the gain in mean log-probability; kl: distance between mapper and target
     kl_beta: float = 0.5  # slope of the kl alignment
     min_fidelity: float = 0.8  # share of the expert's intermediate results that must be kept, in order; 0: off
-    hard_cheats: list[str] = field(default_factory=lambda: list(reward.HARD))  # each of these forfeits the reward
+    hard_cheats: list[str] = field(
+        default_factory=lambda: list(reward.HARD)
+    )  # each of these forfeits the reward; none: no cheat does
     hard_weight: float = 0.5  # what a hard cheat costs on top
     soft_weight: float = 0.25  # what each soft cheat costs, times its strength in [0, 1]
     # --- update ---
@@ -102,6 +104,7 @@ class Config:
             self.group_size >= 2,
             f"--group_size must be at least 2, got {self.group_size}",
         )
+        self.hard_cheats = [name for name in self.hard_cheats if name != "none"]
         unknown = set(self.hard_cheats) - set(reward.HARD)
         check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
         for name in ("steps", "groups", "max_tokens", "max_model_len", "passes", "micro_batch_tokens", "head_chunk"):

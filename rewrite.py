@@ -54,7 +54,9 @@ class Config:
     max_model_len: int = 3072  # longest prompt and rewrite together; a demonstration that does not fit is dropped
     # --- selection ---
     min_fidelity: float = 0.8  # share of the expert's intermediate results that must be kept, in order; 0: off
-    hard_cheats: list[str] = field(default_factory=lambda: list(reward.HARD))  # each of these excludes a rewrite
+    hard_cheats: list[str] = field(
+        default_factory=lambda: list(reward.HARD)
+    )  # each of these excludes a rewrite; none: no cheat does
     soft_weight: float = 0.25  # what each soft cheat costs, times its strength in [0, 1], in nats a token
     # --- machine ---
     score_tokens: int = 32768  # padded tokens a forward pass and rank when scoring; lower it when memory runs out
@@ -66,6 +68,7 @@ class Config:
         check(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("target", "data", "output_dir"):
             check(getattr(self, name), f"--{name} is needed")
+        self.hard_cheats = [name for name in self.hard_cheats if name != "none"]
         unknown = set(self.hard_cheats) - set(reward.HARD)
         check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
         for name in ("samples", "max_tokens", "score_tokens"):

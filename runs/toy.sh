@@ -3,6 +3,7 @@
 #
 #   bash runs/toy.sh                  # seed 0; the table is printed and kept as out/toy/report.md
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/toy.sh; done        # the table then has means and intervals
+#   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
 #
 # A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Every arm
 # sees the same problems, steps, schedule and prompt. The numbers below were chosen by runs/tune.sh on seed 100, from one
@@ -23,6 +24,7 @@ RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_ste
 MAPPER_GRID="--lr 3e-4 --steps 60"
 GRPO_GRID="--lr 3e-4"
 REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
+EVALUATE=(--samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 SUITES=(in_distribution shorter longer reworded)
 
 # One process a GPU, or two on a CPU, one thread each: generation is bound by Python, so processes beat threads here.
@@ -74,7 +76,26 @@ MODELS=("base=$BASE")
 for arm in sft prompted dart oracle; do MODELS+=("$arm=$OUT/$arm/sft/model"); done
 MODELS+=("grpo=$OUT/grpo/solve/model")
 for path in "$OUT"/grpo/solve/model-*; do MODELS+=("grpo-${path##*-}=$path"); done
-stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" \
-    --samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED"
+stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
+
+# --- ablations: DART with one part of its reward changed (where a cheat is allowed, rewriting allows it too) ---
+# ablation NAME "FLAGS OF MAPPER AND REWRITING" "FLAGS OF THE MAPPER"
+ablation() {
+    stage "ablation/$1/mapper" mapper_rl.py --task map --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" \
+        $MAPPER_GRID $2 ${3:-}
+    stage "ablation/$1/rewrite" rewrite.py --method dart --mapper "$OUT/ablation/$1/mapper/model" --target "$BASE" \
+        --data "$WORLD/demos.jsonl" "${REWRITE[@]}" $2
+    sft "ablation/$1" "$OUT/ablation/$1/rewrite/train.jsonl" $DART_GRID
+    MODELS+=("$1=$OUT/ablation/$1/sft/model")
+}
+if [ -n "${ABLATE:-}" ]; then
+    MODELS=("dart=$OUT/dart/sft/model")
+    ablation no-penalty "--hard_cheats none --soft_weight 0"
+    ablation no-false-arithmetic "--hard_cheats early_answer no_reasoning mentions_source hedged"
+    ablation no-fidelity "--min_fidelity 0"
+    ablation no-penalty-no-fidelity "--hard_cheats none --soft_weight 0 --min_fidelity 0"
+    ablation kl "" "--align kl"
+    stage eval-ablation evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
+fi
 
 .venv/bin/python runs/toy_report.py "${OUT%/*}"

@@ -42,8 +42,8 @@ def generated(folder: Path) -> int:
     return rows[-1].get("generated_tokens", 0) if rows else 0
 
 
-def accuracies(seed: Path, model: str) -> dict[str, float]:
-    benchmarks = json.loads((seed / "eval" / model / "summary.json").read_text())["benchmarks"]
+def accuracies(seed: Path, model: str, evaluation: str = "eval") -> dict[str, float]:
+    benchmarks = json.loads((seed / evaluation / model / "summary.json").read_text())["benchmarks"]
     return {suite: benchmarks[suite]["avg@n"]["value"] for suite in SUITES}
 
 
@@ -77,11 +77,11 @@ def oracle_alignment(seed: Path) -> float:
     return float(np.mean([s.mean().item() for s in reward.score(model, pairs, 4096, device)]))
 
 
-def dart_checks(seed: Path) -> dict[str, float]:
-    """What the mapper learnt, and whether its texts are honest by the world's own checker."""
-    steps = metrics(seed / "dart/mapper")
+def dart_checks(arm: Path) -> dict[str, float]:
+    """What a mapper learnt, and whether its texts are honest by the world's own checker."""
+    steps = metrics(arm / "mapper")
     first, last = steps[0], steps[-5:]
-    rows = [json.loads(line) for line in (seed / "dart/rewrite/train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (arm / "rewrite/train.jsonl").read_text().splitlines()]
     mapped = [r for r in rows if r["source"] == "mapper"]
     right = [r for r in mapped if steps_right(r["problem"], r["solution"])]
 
@@ -100,7 +100,6 @@ def dart_checks(seed: Path) -> dict[str, float]:
         "A(y), first step": first["A"],
         "A(y), last 5 steps": end("A"),
         "A of the training set": float(np.mean([r["align"] for r in rows])),
-        "A of native text (oracle)": oracle_alignment(seed),
     }
 
 
@@ -129,7 +128,13 @@ def main():
             average = float(np.mean(list(accuracies(seed, name).values())))
             cost = {"seconds": rows[step]["elapsed"], "generated_tokens": rows[step]["generated_tokens"]}
             curves.append({"seed": seed.name, "step": step, "average": average, **cost})
-    checks = [dart_checks(seed) for seed in seeds]
+    checks = [dart_checks(seed / "dart") | {"A of native text (oracle)": oracle_alignment(seed)} for seed in seeds]
+    ablations = {}
+    for path in sorted(seeds[0].glob("eval-ablation/*/summary.json")):
+        name = path.parent.name
+        told = dart_checks(seeds[0] / ("dart" if name == "dart" else f"ablation/{name}"))
+        average = float(np.mean(list(accuracies(seeds[0], name, "eval-ablation").values())))
+        ablations[name] = {"average": average, **told}
 
     # --- 2. write ---
     average = {arm: np.array(told["average"]) for arm, told in arms.items()}
@@ -159,9 +164,14 @@ def main():
     for c in curves:
         told = f"{c['seconds']:.0f} | {c['generated_tokens']:,} | {100 * c['average']:.1f}"
         lines.append(f"| {c['seed']} | {c['step']} | {told} |")
+    if ablations:
+        lines += ["", f"One part of the reward changed at a time ({seeds[0].name} alone):", ""]
+        lines += ["| | " + " | ".join(ablations) + " |", "|---" * (1 + len(ablations)) + "|"]
+        for name in next(iter(ablations.values())):
+            lines.append(f"| {name} | " + " | ".join(f"{told[name]:.3f}" for told in ablations.values()) + " |")
     table = "\n".join(lines) + "\n"
     reward.write_text(out / "report.md", table)
-    data = {"arms": arms, "grpo_curve": curves, "dart": checks}
+    data = {"arms": arms, "grpo_curve": curves, "dart": checks, "ablations": ablations}
     reward.write_text(out / "report.json", json.dumps(data, indent=1))
     print(f"\n{table}\nwrote {out / 'report.md'} and {out / 'report.json'}")
     dist.destroy_process_group()
