@@ -67,7 +67,7 @@ class Config:
     min_fidelity: float = 0.8  # share of the expert's intermediate results that must be kept, in order; 0: off
     hard_cheats: list[str] = field(
         default_factory=lambda: list(reward.HARD)
-    )  # each of these forfeits the reward; none: no cheat does
+    )  # each forfeits the reward; "none": none does
     hard_weight: float = 0.5  # what a hard cheat costs on top
     soft_weight: float = 0.25  # what each soft cheat costs, times its strength in [0, 1]
     # --- update ---
@@ -330,6 +330,8 @@ def main():
     tokenizer = reward.load_tokenizer(config.model)
     if config.task == "map":
         reward.same_tokenizer(tokenizer, config.model, reward.load_tokenizer(config.target), config.target)
+    for folder in dict.fromkeys((config.model, config.target)):
+        reward.weights_stamp(folder, config.max_model_len)  # ends here without weights, or with too short a context
     rank, world, device = reward.init_distributed()
     reward.check(config.groups % world == 0, f"--groups {config.groups} must be a multiple of the {world} processes")
     out = Path(config.output_dir)

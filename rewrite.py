@@ -56,7 +56,7 @@ class Config:
     min_fidelity: float = 0.8  # share of the expert's intermediate results that must be kept, in order; 0: off
     hard_cheats: list[str] = field(
         default_factory=lambda: list(reward.HARD)
-    )  # each of these excludes a rewrite; none: no cheat does
+    )  # each excludes a rewrite; "none": none does
     soft_weight: float = 0.25  # what each soft cheat costs, times its strength in [0, 1], in nats a token
     # --- machine ---
     score_tokens: int = 32768  # padded tokens a forward pass and rank when scoring; lower it when memory runs out

@@ -3,7 +3,8 @@
 The papers' setting in small. A *base* model (Qwen3, about 1M parameters) is pretrained from scratch on two tasks:
 
     solve   problem -> solution in its native style                    "15+3=18. 18-11=7. \\boxed{7}"
-            mostly short problems; longer ones, and other wordings of long ones, are rare or absent
+            or a bare guess in its place, "\\boxed{52}", mostly so on long problems: what a model of the real world
+            can do and what it does when it is asked are two things as well
     map     problem and a solution in one style -> the same solution in another style drawn at random, all lengths:
             the general ability to rephrase, which a large model brings along and the mapper starts from
 
@@ -56,8 +57,8 @@ class Config:
     benchmark_rows: int = 200  # problems in each benchmark and in the validation split
     hidden_size: int = 128  # width of the model
     layers: int = 4  # depth of the model
-    pretrain_tokens: int = 5_000_000  # prompt and response tokens seen in pretraining; fewer: a weaker base
-    map_share: float = 0.4  # share of these tokens spent on rewriting; more: a better mapper, a weaker solver
+    pretrain_tokens: int = 4_500_000  # prompt and response tokens seen in pretraining; fewer: a weaker base
+    map_share: float = 0.5  # share of these tokens spent on rewriting; more: a better mapper, a weaker solver
     batch_tokens: int = 2048  # tokens in a micro-batch (padding included)
     accumulate: int = 2  # micro-batches in an optimizer step: one length each, so one alone is a biased sample
     learning_rate: float = 2e-3  # peak; warm-up over 3% of the steps, then cosine to a tenth
@@ -79,21 +80,22 @@ class Config:
 # Problems: a start and a list of signed operands, every running total in 0..99. A chain of n operands has n steps.
 # ---------------------------------------------------------------------------------------------------------------------
 
-LARGEST, LARGEST_OPERAND = 99, 40
-WORDINGS = [  # opening, addition, subtraction, question; the first is the demonstrations'
+LARGEST, LARGEST_OPERAND = 99, 20
+WORDINGS = [  # opening, addition, subtraction, question
     ("Start with {}.", " Add {}.", " Subtract {}.", " Result?"),
-    ("Tom owns {} coins.", " He finds {}.", " He loses {}.", " How many now?"),
     ("Begin at {}", ", go up {}", ", go down {}", ". Where?"),
+    ("Tom owns {} coins.", " He finds {}.", " He loses {}.", " How many now?"),
+    ("A bus holds {} people.", " Then {} enter.", " Then {} leave.", " Who remains?"),
 ]
-SOLVE_LENGTHS = {1: 0.30, 2: 0.30, 3: 0.20, 4: 0.10, 5: 0.05, 6: 0.03, 7: 0.013, 8: 0.007}  # main wording
-REWORDED_LENGTHS = {1: 0.5, 2: 0.5}  # what pretraining sees of the other wordings
-REWORDED_SHARE = 0.2
-DEMO_LENGTHS = {2: 0.2, 3: 0.2, 4: 0.2, 5: 0.2, 6: 0.2}
+PLAIN, OTHER = [0, 1], [2, 3]  # wordings of the demonstrations, and those kept for the reworded benchmark
+PRETRAIN_LENGTHS = {1: 0.24, 2: 0.22, 3: 0.17, 4: 0.12, 5: 0.12, 6: 0.13}  # solving; rewriting has all lengths alike
+WORKED = {1: 0.95, 2: 0.8, 3: 0.35, 4: 0.2, 5: 0.2, 6: 0.3}  # share that pretraining works out; it guesses the rest
+DEMO_LENGTHS = {2: 0.1, 3: 0.25, 4: 0.3, 5: 0.35}
 SUITES = {  # lengths and wordings of each benchmark
-    "in_distribution": (DEMO_LENGTHS, [0]),
-    "shorter": ({1: 0.5, 2: 0.5}, [0]),
-    "longer": ({7: 0.5, 8: 0.5}, [0]),
-    "reworded": (DEMO_LENGTHS, [1, 2]),
+    "in_distribution": (DEMO_LENGTHS, PLAIN),
+    "shorter": ({1: 0.5, 2: 0.5}, PLAIN),
+    "longer": ({6: 1.0}, PLAIN),
+    "reworded": (DEMO_LENGTHS, OTHER),
 }
 BUCKETS = {"tuning": {0}, "benchmark": {1}, "demos": {2, 3}, "pretrain": {4, 5, 6, 7}}  # of the hash of a chain
 
@@ -126,12 +128,12 @@ def word_problem(chain: tuple[int, ...], wording: int) -> str:
 def read_problem(problem: str) -> tuple[int, ...]:
     """The chain behind a problem's text, in any wording."""
     start, *numbers = re.findall(r"\d+", problem)
-    signs = re.findall(r"Add|Subtract|finds|loses|up|down", problem)
-    return (int(start), *(int(k) * (1 if s in ("Add", "finds", "up") else -1) for k, s in zip(numbers, signs)))
+    signs = re.findall(r"Add|Subtract|up|down|finds|loses|enter|leave", problem)
+    return (int(start), *(int(k) * (1 if s in ("Add", "up", "finds", "enter") else -1) for k, s in zip(numbers, signs)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Styles: one chain, four ways to write its solution.
+# Styles: one chain, three ways to write its solution.
 # ---------------------------------------------------------------------------------------------------------------------
 
 UNITS = re.findall(
@@ -140,9 +142,8 @@ UNITS = re.findall(
     "eighteen nineteen",
 )
 TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
-STYLES = ("native", "expert", "spoken", "table")
-MAP_SOURCES = {"expert": 0.7, "native": 0.1, "spoken": 0.1, "table": 0.1}
-MAP_TARGETS = ("native", "spoken", "table")  # the expert's style is foreign: the base never writes it
+STYLES = ("native", "expert", "spoken")
+MAP_SOURCES = {"expert": 0.6, "native": 0.2, "spoken": 0.2}
 
 
 def in_words(number: int) -> str:
@@ -161,13 +162,11 @@ def solution(chain: tuple[int, ...], name: str) -> str:
         elif name == "expert":
             sign = "plus" if k > 0 else "minus"
             steps.append(f"{in_words(total)} {sign} {in_words(size)} is {in_words(after)}")
-        elif name == "spoken":
-            steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
         else:
-            steps.append(f"[{total} | {'add' if k > 0 else 'sub'} {size} | {after}]")
+            steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
         total = after
     joined = {"expert": "; "}.get(name, " ").join(steps)
-    ending = {"native": " ", "expert": ". Hence ", "spoken": " So ", "table": " -> "}[name]
+    ending = {"native": " ", "expert": ". Hence ", "spoken": " So "}[name]
     return f"{joined}{ending}\\boxed{{{total}}}"
 
 
@@ -183,7 +182,7 @@ def style(text: str) -> str:
 
 
 VALUES = {in_words(n): n for n in range(100)}
-SIGNS = {"+": "+", "plus": "+", "add": "+", "adding": "+", "-": "-", "minus": "-", "sub": "-", "taking": "-"}
+SIGNS = {"+": "+", "plus": "+", "adding": "+", "-": "-", "minus": "-", "taking": "-"}
 SYMBOL = re.compile(r"\d+|" + "|".join(sorted((*VALUES, *SIGNS), key=len, reverse=True)).replace("+", r"\+"))
 
 
@@ -194,8 +193,7 @@ def steps_right(problem: str, text: str) -> bool:
     and signs, a right step reads "total sign operand result"; the total may be left out, being the last result.
     """
     chain = read_problem(problem)
-    text = re.sub(r"->", " ", text.lower())
-    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text))
+    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text.lower()))
     total, pattern = chain[0], ""
     for k in chain[1:]:
         pattern += rf"({total} )?{re.escape('+' if k > 0 else '-')} {abs(k)} {total + k} "
@@ -223,7 +221,7 @@ def build_tokenizer(rng: random.Random):
 
     texts = ["user\nassistant\nsystem"] * 100 + [f"{a}+{b}={c}. {a}-{b}={c}." for a, b, c in ["123", "456", "789"]]
     for _ in range(2000):
-        chain = draw(rng, rng.randint(1, 8), BUCKETS["pretrain"])
+        chain = draw(rng, rng.randint(1, 6), BUCKETS["pretrain"])
         texts += [word_problem(chain, w) for w in range(len(WORDINGS))] + [solution(chain, s) for s in STYLES]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -280,16 +278,19 @@ def build_model(config: Config, tokenizer):
 
 
 def solve_row(rng: random.Random) -> tuple[str, str]:
-    wording = rng.randrange(1, len(WORDINGS)) if rng.random() < REWORDED_SHARE else 0
-    chain = draw(rng, pick(rng, REWORDED_LENGTHS if wording else SOLVE_LENGTHS), BUCKETS["pretrain"])
-    return reward.solve_prompt(word_problem(chain, wording)), solution(chain, "native")
+    """A problem, worked out in native style, or answered by a guess: the longer, the lazier."""
+    chain = draw(rng, pick(rng, PRETRAIN_LENGTHS), BUCKETS["pretrain"])
+    worked = rng.random() < WORKED[len(chain) - 1]
+    answer = solution(chain, "native") if worked else f"\\boxed{{{rng.randint(0, LARGEST)}}}"
+    return reward.solve_prompt(word_problem(chain, rng.randrange(len(WORDINGS)))), answer
 
 
 def map_row(rng: random.Random) -> tuple[str, str]:
-    chain = draw(rng, rng.randint(1, 8), BUCKETS["pretrain"])
+    chain = draw(rng, rng.randint(1, 6), BUCKETS["pretrain"])
     source = pick(rng, MAP_SOURCES)
-    target = rng.choice([s for s in MAP_TARGETS if s != source])
-    return reward.map_prompt(word_problem(chain, 0), solution(chain, source)), solution(chain, target)
+    target = rng.choice([s for s in STYLES if s != source])
+    problem = word_problem(chain, rng.randrange(len(WORDINGS)))
+    return reward.map_prompt(problem, solution(chain, source)), solution(chain, target)
 
 
 def encode(tokenizer, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -381,7 +382,7 @@ def data_files(config: Config) -> dict[str, list[dict]]:
     rng, taken = random.Random(f"data {config.seed}"), set()
     files: dict[str, list[dict]] = {"demos.jsonl": [], "oracle.jsonl": [], "validation.jsonl": []}
     for i, chain in enumerate(unique(rng, config.demos, DEMO_LENGTHS, BUCKETS["demos"], taken)):
-        row = {"id": f"demo-{i}", "problem": word_problem(chain, 0), "answer": str(sum(chain))}
+        row = {"id": f"demo-{i}", "problem": word_problem(chain, PLAIN[i % 2]), "answer": str(sum(chain))}
         files["demos.jsonl"].append({**row, "solution": solution(chain, "expert")})
         oracle = {"source": "oracle", "sample": 0, "weight": 1.0, "align": 0.0, "expert_align": 0.0}
         files["oracle.jsonl"].append({**row, "solution": solution(chain, "native"), **oracle})
