@@ -32,7 +32,6 @@ Started again with the same flags, it goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,13 +298,6 @@ def means(dicts: list[dict[str, float]]) -> dict[str, float]:
     return {key: float(np.mean([d[key] for d in dicts if key in d])) for key in keys}
 
 
-def peak_memory(device) -> int:
-    """Highest memory so far, in bytes: of the GPU's allocator, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def prepare(rows: list[dict], tokenizer, config: Config, rank: int) -> list[dict]:
     """Adds the token ids of both prompts; leaves out, by name, problems that do not fit the context."""
     limit = config.max_model_len - config.max_tokens
@@ -425,7 +417,7 @@ def main():
             "elapsed": elapsed,
             "generated_tokens": generated,
             "grading_timeouts": sum(gather([reward.FAILURES["timeouts"]])),
-            "peak_memory": max(gather([peak_memory(device)])),
+            "peak_memory": max(gather([reward.peak_memory(device)])),
         }
         if rank == 0:
             with open(out / "metrics.jsonl", "a") as f:

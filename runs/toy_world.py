@@ -88,9 +88,9 @@ WORDINGS = [  # opening, addition, subtraction, question
     ("A bus holds {} people.", " Then {} enter.", " Then {} leave.", " Who remains?"),
 ]
 PLAIN, OTHER = [0, 1], [2, 3]  # wordings of the demonstrations, and those kept for the reworded benchmark
-PRETRAIN_LENGTHS = {1: 0.24, 2: 0.22, 3: 0.17, 4: 0.12, 5: 0.12, 6: 0.13}  # solving; rewriting has all lengths alike
-WORKED = {1: 0.95, 2: 0.8, 3: 0.35, 4: 0.2, 5: 0.2, 6: 0.3}  # share that pretraining works out; it guesses the rest
-DEMO_LENGTHS = {2: 0.1, 3: 0.25, 4: 0.3, 5: 0.35}
+PRETRAIN_LENGTHS = {1: 0.22, 2: 0.22, 3: 0.2, 4: 0.12, 5: 0.12, 6: 0.12}  # solving; rewriting has all lengths alike
+WORKED = {1: 0.95, 2: 0.8, 3: 0.35, 4: 0.25, 5: 0.25, 6: 0.25}  # share that pretraining works out; it guesses the rest
+DEMO_LENGTHS = {2: 0.1, 3: 0.3, 4: 0.3, 5: 0.3}
 SUITES = {  # lengths and wordings of each benchmark
     "in_distribution": (DEMO_LENGTHS, PLAIN),
     "shorter": ({1: 0.5, 2: 0.5}, PLAIN),
