@@ -29,31 +29,34 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def start(script: str, flags: str, processes: int = 1) -> subprocess.Popen:
-    """A script in a process group of its own, so that all of it can be killed."""
+def start(script: str, output: Path, flags: str, processes: int = 1) -> subprocess.Popen:
+    """A script in a process group of its own, so that all of it can be killed. A file takes what it prints: a pipe
+    that nobody reads fills up and stops it."""
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*python, str(ROOT / script), *flags.split(), "--output_dir", str(output)]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     env |= {"OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([*python, str(ROOT / script), *flags.split()], env=env, start_new_session=True, **pipes)
+    with open(f"{output}.log", "w") as log:
+        process = subprocess.Popen(command, env=env, start_new_session=True, stdout=log, stderr=subprocess.STDOUT)
+    process.printed = Path(log.name)
+    return process
 
 
 def finish(process: subprocess.Popen) -> str:
-    output = process.communicate(timeout=500)[0]
-    assert process.returncode == 0, output
-    return output
+    assert process.wait(timeout=500) == 0, process.printed.read_text()
+    return process.printed.read_text()
 
 
 def kill_once_written(process: subprocess.Popen, path: Path) -> list[dict]:
     """SIGKILL as soon as the first rows are on disk; they are returned, and half a line is left behind them."""
     deadline = time.time() + 500
     while not (path.exists() and path.stat().st_size) and time.time() < deadline:
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.printed.read_text()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.wait()
     whole = path.read_text().rpartition("\n")[0]
     path.write_text(whole + '\n{"id": "s1", "compl')
     return [json.loads(line) for line in whole.splitlines()]
@@ -104,11 +107,12 @@ def evaluations(world, tiny_model):
     """(folder of a run over two models, folder of a run over one that was killed and continued, its rows at the kill,
     what both printed)"""
     flags = f"--benchmarks {world}/sums.jsonl {world}/few.jsonl --samples 3 --max_tokens 30 --max_model_len 160"
-    whole = start("evaluate.py", f"--models {tiny_model} {world}/other {flags} --output_dir {world}/whole")
-    killed = f"--models {world}/other {flags} --output_dir {world}/killed"
-    rows = kill_once_written(start("evaluate.py", killed), world / "killed/other/sums.rank0.jsonl")
-    first = finish(whole)
-    return world / "whole", world / "killed", rows, first, finish(start("evaluate.py", killed, processes=2))
+    one, two = f"--models {world}/other {flags}", f"--models {tiny_model} {world}/other {flags}"
+    whole, killed = world / "whole", world / "killed"
+    undisturbed = start("evaluate.py", whole, two)
+    rows = kill_once_written(start("evaluate.py", killed, one), killed / "other/sums.rank0.jsonl")
+    first = finish(undisturbed)
+    return whole, killed, rows, first, finish(start("evaluate.py", killed, one, processes=2))
 
 
 @pytest.fixture(scope="module")
@@ -116,16 +120,15 @@ def rewrites(world, tiny_model):
     """The same of rewrite.py, with another mapper than the target. When it goes on, 40 rows have been scored besides,
     by a third rank; their expert_align is marked."""
     flags = f"--target {tiny_model} --mapper {world}/other --data {world}/demos.jsonl --samples 4 --min_fidelity 0.5"
-    flags += " --max_tokens 30 --max_model_len 200 --output_dir"
-    whole = start("rewrite.py", f"{flags} {world}/rewritten")
-    killed = start("rewrite.py", f"{flags} {world}/continued")
-    rows = kill_once_written(killed, world / "continued/candidates.rank0.jsonl")
-    first = finish(whole)
-    scored = [row | {"expert_align": -77.0} for row in read(world / "rewritten/scored.jsonl")[110:]]
-    part = Path(write(world / "continued/scored.rank2.jsonl", scored))
+    flags += " --max_tokens 30 --max_model_len 200"
+    whole, continued = world / "rewritten", world / "continued"
+    undisturbed = start("rewrite.py", whole, flags)
+    rows = kill_once_written(start("rewrite.py", continued, flags), continued / "candidates.rank0.jsonl")
+    first = finish(undisturbed)
+    scored = [row | {"expert_align": -77.0} for row in read(whole / "scored.jsonl")[110:]]
+    part = Path(write(continued / "scored.rank2.jsonl", scored))
     part.write_text(part.read_text() + '{"id": "s1", "expert_al')
-    last = finish(start("rewrite.py", f"{flags} {world}/continued", processes=2))
-    return world / "rewritten", world / "continued", rows, first, last
+    return whole, continued, rows, first, finish(start("rewrite.py", continued, flags, processes=2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
