@@ -1,0 +1,647 @@
+"""Stage 1: the loss by hand, the update against an implementation that does the obvious, whole runs with a real engine
+that are shared out, killed, broken and misused."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, sum_demonstrations
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import mapper_rl
+import reward
+
+# what differs between two runs of the same thing
+TIMES = ("seconds_sync", "seconds_rollout", "seconds_reward", "seconds_update")
+TIMES += ("tokens_per_second", "elapsed", "peak_memory", "grading_timeouts")
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(flags: dict) -> list[str]:
+    return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+
+
+def start(flags: dict, processes: int = 1, script: Path = ROOT / "mapper_rl.py") -> subprocess.Popen:
+    """A script as a user starts it, in a process group of its own so that all of it can be killed."""
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([*python, str(script), *command(flags)], env=env, start_new_session=True, **pipes)
+
+
+def end(process: subprocess.Popen, seconds: float = 900) -> str:
+    """What it printed. Processes that hang are killed, and the test fails."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers, which lead groups of their own
+        try:
+            output = process.communicate(timeout=30)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output = process.communicate()[0]
+        pytest.fail(f"still running after {seconds} s:\n{output[-3000:]}")
+
+
+def finish(process: subprocess.Popen) -> str:
+    output = end(process)
+    assert process.returncode == 0, output
+    return output
+
+
+def make_config(**fields) -> mapper_rl.Config:
+    return mapper_rl.Config(**{"model": "m", "data": "d", "output_dir": "o", **fields})
+
+
+def weights_of(folder) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def distance(a: dict, b: dict) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+@pytest.fixture
+def lone(monkeypatch):
+    """A process group of one in this process; gone, with the variables that it set, afterwards."""
+    with monkeypatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")
+            del os.environ[name]
+        yield
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, weight, surrogate, slope, clipped",
+    [
+        (1.5, 2.0, 1.0, 1.28 * 2, 0.0, 1),  # too far up already
+        (1.5, -2.0, 1.0, 1.5 * -2, 1.5 * -2, 0),  # the wrong way: the whole ratio counts
+        (0.5, 2.0, 1.0, 0.5 * 2, 0.5 * 2, 0),
+        (0.5, -2.0, 1.0, 0.8 * -2, 0.0, 1),  # too far down already
+        (1.25, 2.0, 1.0, 1.25 * 2, 1.25 * 2, 0),  # above 1.2, below 1.28: the upper clip is the wider one
+        (1.0, 2.0, 0.5, 0.5 * 2, 0.5 * 2, 0),  # the engine found the token twice as likely
+        (1.0, 2.0, 1.9, 1.9 * 2, 1.9 * 2, 0),
+        (1.0, -2.0, 7.0, 2 * -2, 2 * -2, 0),  # truncated at 2
+    ],
+)
+def test_one_token(ratio, advantage, weight, surrogate, slope, clipped):
+    old = torch.tensor([-1.0])
+    logprobs = (old + math.log(ratio)).requires_grad_()
+    engine = old - math.log(weight)
+    loss, stats = mapper_rl.grpo_loss(logprobs, old, engine, torch.tensor([advantage]), 10.0, make_config())
+    loss.backward()
+    assert loss.item() == pytest.approx(-surrogate / 10, abs=1e-6)
+    assert logprobs.grad.item() == pytest.approx(-slope / 10, abs=1e-6)  # d r / d log π = r
+    assert stats["clip_fraction"] == clipped
+    assert stats["importance_clip_fraction"] == (weight > 2)
+    assert stats["logprob_diff"] == pytest.approx(abs(math.log(weight)), abs=1e-6)
+
+
+def test_tokens_are_summed_over_one_denominator_and_k3_is_added():
+    old = torch.tensor([-1.0, -2.0, -3.0])
+    logprobs = (old + torch.tensor([1.5, 1.0, 0.5]).log()).requires_grad_()
+    ref = logprobs.detach() + torch.tensor([2.0, 1.0, 0.5]).log()
+    advantages = torch.tensor([2.0, -1.0, -2.0])
+    loss, stats = mapper_rl.grpo_loss(logprobs, old, old, advantages, 8.0, make_config(beta_kl=0.1), ref)
+    loss.backward()
+    k3 = [2 - math.log(2) - 1, 0.0, 0.5 + math.log(2) - 1]
+    assert loss.item() == pytest.approx((-(2.56 - 1.0 - 1.6) + 0.1 * sum(k3)) / 8, abs=1e-6)
+    # d k3 / d log π = 1 - π_ref / π
+    assert logprobs.grad.tolist() == pytest.approx([-0.1 / 8, 1 / 8, 0.1 * 0.5 / 8], abs=1e-6)
+    assert stats["clip_fraction"] == 2
+    without, _ = mapper_rl.grpo_loss(logprobs, old, old, advantages, 8.0, make_config(beta_kl=0.1))
+    assert without.item() == pytest.approx(-(2.56 - 1.0 - 1.6) / 8, abs=1e-6)
+
+
+def test_advantages():
+    assert mapper_rl.advantages_of([1, 0, 0, 1], False) == [0.5, -0.5, -0.5, 0.5]
+    assert mapper_rl.advantages_of([3, 0, 0], False) == [2, -1, -1]
+    assert mapper_rl.advantages_of([3, 0, 0], True) == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)], abs=1e-5)
+    for divide_by_std in (False, True):
+        assert mapper_rl.advantages_of([0.3] * 4, divide_by_std) is None
+        assert mapper_rl.advantages_of([0.1 + 0.2, 0.3], divide_by_std) is None  # equal but for the last bit
+        assert mapper_rl.advantages_of([0.3, 0.30001], divide_by_std) is not None
+
+
+def test_every_problem_once_an_epoch_over_steps_that_cross_epochs():
+    stream = [i for step in range(5) for i in mapper_rl.problems_of_step(10, step, 4, seed=3)]
+    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
+    assert stream[:10] != stream[10:]
+    assert stream != [i for step in range(5) for i in mapper_rl.problems_of_step(10, step, 4, seed=4)]
+    many = mapper_rl.problems_of_step(3, 1, 7, seed=0)  # places 7 to 13 of the epochs 6-8, 9-11, 12-14
+    assert len(many) == 7 and sorted(many[2:5]) == [0, 1, 2]
+    assert mapper_rl.problems_of_step(3, 0, 7, seed=0)[6] not in many[:2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The update against the obvious
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_rollouts(tokenizer, count: int) -> list[dict]:
+    """Rollouts of other lengths, tokens and advantages, from an engine that disagrees with the trainer."""
+    generator = torch.Generator().manual_seed(1)
+    rollouts = []
+    for i in range(count):
+        length = 3 + 5 * i % 17
+        ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
+        prompt = reward.prompt_ids(tokenizer, f"Add {i} and {'1' * (i % 3 + 1)}.")
+        logprobs = (-10 + 3 * torch.randn(length, generator=generator)).tolist()
+        advantage = 0.3 * torch.randn((), generator=generator).item()
+        rollouts.append(dict(prompt_ids=prompt, ids=ids, logprobs=logprobs, advantage=advantage))
+    return rollouts
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model, tmp_path_factory) -> str:
+    """The tiny model with slightly other weights: a reference from which the policy differs."""
+    folder = str(tmp_path_factory.mktemp("models") / "other")
+    shutil.copytree(tiny_model, folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain_update(folder: str, reference: str, rollouts: list[dict], config: mapper_rl.Config, lr: float):
+    """The docstring's formula word for word: whole logits, one rollout at a time, double precision, plain descent."""
+    model, other = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in (folder, reference))
+    vocab = len(AutoTokenizer.from_pretrained(folder))
+
+    def logp(model, r):
+        logits = model(torch.tensor([r["prompt_ids"] + r["ids"]])).logits[0, len(r["prompt_ids"]) - 1 : -1, :vocab]
+        logp = (logits / config.temperature).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum()
+        return logp[range(len(r["ids"])), r["ids"]], entropy.item()
+
+    count = sum(len(r["ids"]) for r in rollouts)
+    n = config.groups * config.group_size * config.max_tokens if config.constant_denominator else count
+    old = [logp(model, r)[0].detach() for r in rollouts]
+    stats = dict(loss=0.0, entropy=0.0, clip_fraction=0.0, importance_clip_fraction=0.0, logprob_diff=0.0)
+    largest, norms = 0.0, []
+    for _ in range(config.passes):
+        loss = 0.0
+        for r, before in zip(rollouts, old):
+            now, entropy = logp(model, r)
+            stats["entropy"] += entropy / count
+            with torch.no_grad():
+                start = logp(other, r)[0]
+            for t, mu in enumerate(r["logprobs"]):
+                gap = (before[t] - mu).item()
+                ratio, a = (now[t] - before[t]).exp(), r["advantage"]
+                low, high = 1 - config.clip_low, 1 + config.clip_high
+                clipped = low if ratio < low else high if ratio > high else ratio
+                loss = loss - min(math.exp(gap), config.importance_cap) * min(ratio * a, clipped * a) / n
+                if config.beta_kl:
+                    d = start[t] - now[t]
+                    loss = loss + config.beta_kl * (d.exp() - d - 1) / n
+                stats["clip_fraction"] += float((a > 0 and ratio > high) or (a < 0 and ratio < low)) / count
+                stats["importance_clip_fraction"] += float(math.exp(gap) > config.importance_cap) / count
+                stats["logprob_diff"] += abs(gap) / count
+                largest = max(largest, abs(gap))
+        model.zero_grad()
+        loss.backward()
+        stats["loss"] += loss.item()
+        norms.append(math.sqrt(sum(weight.grad.square().sum().item() for weight in model.parameters())))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight -= lr * weight.grad
+    stats = {name: value / config.passes for name, value in stats.items()}
+    stats |= {"logprob_diff_max": largest, "grad_norm": sum(norms) / len(norms), "kept_tokens": count}
+    return stats, {name: weight.detach().float() for name, weight in model.named_parameters()}
+
+
+def own_update(folder: str, reference: str, rollouts: list[dict], config: mapper_rl.Config, lr: float, device):
+    """mapper_rl.update with plain descent: the change of the weights is the gradient."""
+    policy = reward.load_model(folder, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    other = reward.load_model(reference, device, train=False)
+    vocab = reward.used_vocabulary(AutoTokenizer.from_pretrained(folder))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
+    stats = mapper_rl.update(policy, other, optimizer, rollouts, config, vocab, device)
+    return stats, dict(reward.full_weights(policy, torch.float32))
+
+
+def agree(got: tuple, expected: tuple, start: dict, tolerance: float) -> None:
+    assert got[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        assert got[0][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
+    assert got[1].keys() == expected[1].keys()
+    for name, weight in expected[1].items():
+        moved = (weight - start[name]).abs().max()
+        assert moved > 20 * tolerance, name  # the gradient is far larger than the tolerance, everywhere
+        assert (got[1][name] - weight).abs().max() < tolerance * max(1, moved), name
+
+
+CASES = {
+    "plain": {},
+    "micro-batches": {"micro_batch_tokens": 90, "head_chunk": 7},
+    "checkpointing": {"micro_batch_tokens": 90, "gradient_checkpointing": True},
+    "cold": {"temperature": 0.6},
+    "constant denominator": {"constant_denominator": True, "groups": 1, "group_size": 7, "max_tokens": 5},
+    "kl": {"beta_kl": 0.3, "micro_batch_tokens": 90},
+    "two passes": {"passes": 2, "micro_batch_tokens": 90},
+    "two passes, kl": {"passes": 2, "beta_kl": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_update_equals_the_plain_one(tiny_model, other_model, lone, case):
+    defaults = {"temperature": 1.3, "max_grad_norm": 1e9, "gradient_checkpointing": False}
+    config = make_config(**(defaults | CASES[case]))
+    rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 7)
+    *_, device = reward.init_distributed()
+    lr = 1.0 if config.passes == 1 else 0.02  # a first pass that does not leave the neighbourhood
+    got = own_update(tiny_model, other_model, rollouts, config, lr, device)
+    expected = plain_update(tiny_model, other_model, rollouts, config, lr)
+    agree(got, expected, weights_of(tiny_model), 2e-5)
+    assert 0.05 < expected[0]["importance_clip_fraction"] < 0.9
+    if config.passes > 1:
+        assert 0.05 < expected[0]["clip_fraction"] < 0.5
+
+
+def test_gradient_is_clipped_to_a_global_norm(tiny_model, other_model, lone):
+    rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 4)
+    *_, device = reward.init_distributed()
+    stats, after = own_update(tiny_model, other_model, rollouts, make_config(max_grad_norm=0.01), 1.0, device)
+    before = weights_of(tiny_model)
+    moved = math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in after))
+    assert moved == pytest.approx(0.01, rel=1e-3) and stats["grad_norm"] > 0.05
+
+
+SHARES = """
+import json, sys
+import torch
+import mapper_rl, reward, test_mapper_rl
+
+def main():
+    folder, reference, out = sys.argv[1:]
+    rank, world, device = reward.init_distributed()
+    rollouts = json.load(open(out + "/rollouts.json"))
+    for name, (case, shares) in json.load(open(out + "/cases.json")).items():
+        mine = [rollouts[i] for i in shares[rank]]
+        config = test_mapper_rl.make_config(**case)
+        result = test_mapper_rl.own_update(folder, reference, mine, config, 0.1, device)
+        if rank == 0:
+            torch.save(result, f"{out}/{name}.pt")
+
+if __name__ == "__main__":
+    reward.run(main)
+"""
+
+
+def test_shares_of_two_processes_do_not_change_the_update(tiny_model, other_model, tmp_path, lone):
+    rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 7)
+    hot = {"temperature": 1.3, "max_grad_norm": 1e9, "micro_batch_tokens": 90, "passes": 2, "beta_kl": 0.3}
+    cases = {
+        "even": (hot, [[0, 1, 2, 3], [4, 5, 6]]),
+        "uneven": (hot, [[5], [0, 1, 2, 3, 4, 6]]),
+        "none": (hot, [[0, 1, 2, 3, 4, 5, 6], []]),
+        "none_on_the_first": (hot | {"passes": 1, "beta_kl": 0.0}, [[], [0, 1, 2, 3, 4, 5, 6]]),
+    }
+    (tmp_path / "rollouts.json").write_text(json.dumps(rollouts))
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    (tmp_path / "shares.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{SHARES}")
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [str(tmp_path / "shares.py"), tiny_model, other_model, str(tmp_path)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    finish(subprocess.Popen(python + arguments, env=env, start_new_session=True, **pipes))
+    *_, device = reward.init_distributed()
+    before = weights_of(tiny_model)
+    for name, (case, _) in cases.items():
+        alone = own_update(tiny_model, other_model, rollouts, make_config(**case), 0.1, device)
+        agree(torch.load(tmp_path / f"{name}.pt"), alone, before, 1e-5)
+
+
+def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model, lone):
+    tokenizer = reward.load_tokenizer(tiny_model)
+    *_, device = reward.init_distributed()
+    target = reward.load_model(tiny_model, device, train=False)
+    [row] = mapper_rl.prepare(sum_demonstrations(1), tokenizer, make_config(max_tokens=50, max_model_len=300), 0)
+    row["expert_align"] = -1.5
+    a, b, c = row["problem"][4], row["problem"][10], row["answer"]
+    texts = [f"{a}+{b}={c}. \\boxed{{{c}}}", f"{a}+{b}={c}0. \\boxed{{{c}}}", f"{a}+{b}={c}. So it is {c}."]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for align in ("nll", "kl"):
+        config = make_config(align=align, temperature=0.5, hard_weight=0.7)
+        rollouts = []
+        for text in texts:
+            ids = reward.response_ids(tokenizer, text)
+            shared = dict(row=row, prompt_ids=row["prompt_ids"], ids=ids, logprobs=[-0.5] * len(ids), text=text)
+            rollouts += [shared | {"ended": True}, shared | {"ended": False}]
+        mapper_rl.add_rewards(rollouts, target, 0.8, config, device)
+        first, *others = rollouts
+        question = f"{row['problem']}\n\nReason step by step, and put your final answer within \\boxed{{}}."
+        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        asked = tokenizer.encode(prompt, add_special_tokens=False)
+        with torch.no_grad():
+            logp = model(torch.tensor([asked + first["ids"]])).logits[0].log_softmax(-1)
+        scores = [logp[len(asked) + t - 1, token].item() for t, token in enumerate(first["ids"])]
+        A = sum(scores) / len(scores)
+        if align == "nll":
+            expected = 1 / (1 + math.exp(-(A + 1.5) / 0.8))
+        else:
+            gaps = [max(-5, min(5, -0.5 - s)) for s in scores]
+            expected = 1 - 0.5 * max(0, min(2, sum(gaps) / len(gaps)))
+        assert first["parts"]["gate"] == 1 and first["parts"]["A"] == pytest.approx(A, abs=1e-5)
+        expected -= 0.25 * sum(first["parts"][name] for name in reward.SOFT)
+        assert first["reward"] == pytest.approx(expected, abs=1e-5)
+        # cut off; a false statement, whole and cut off; no box, whole and cut off
+        assert [r["reward"] for r in others] == [0, -0.7, -0.7, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(tiny_model, tmp_path_factory):
+    """(flags, metrics) of one uninterrupted run of one process, by which the others are measured."""
+    folder = tmp_path_factory.mktemp("straight")
+    data = write(folder / "data.jsonl", sum_demonstrations(14))
+    flags = dict(model=tiny_model, data=data, task="map", steps=4, groups=4, group_size=8, max_tokens=30)
+    flags |= dict(max_model_len=160, lr=1e-3, warmup_steps=1, save_every=2, head_chunk=100, seed=1)
+    flags["output_dir"] = folder / "out"
+    finish(start(flags))
+    return flags, read(folder / "out/metrics.jsonl")
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def test_map_run(straight, tiny_model):
+    flags, metrics = straight
+    out = flags["output_dir"]
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    judged = ["reward", "gate", "clean", "cheating", "correct", "fidelity", "copy", *reward.HARD, *reward.SOFT]
+    aligned = ["align", "A", "A_expert", "length_ratio", "tokens", "truncated", "dropped_groups"]
+    updated = ["loss", "entropy", "grad_norm", "clip_fraction", "importance_clip_fraction", "logprob_diff"]
+    for row in metrics:
+        names = [*judged, *aligned, *updated, "logprob_diff_max", "lr", "generated_tokens", *TIMES]
+        assert all(math.isfinite(row[name]) for name in names), row
+        assert 0 < row["logprob_diff"] < 1e-4 and row["logprob_diff_max"] < 1e-3  # the engine has the policy's weights
+        assert row["clip_fraction"] == row["importance_clip_fraction"] == 0  # one pass: the ratio is 1
+        assert row["dropped_groups"] < 4 and row["grad_norm"] > 0 and row["lr"] == 1e-3
+        assert row["peak_memory"] > 1e8 and row["tokens_per_second"] > 1
+        assert row["elapsed"] >= sum(row[name] for name in TIMES[:4]) - 1e-6
+    rollouts = read(out / "rollouts.jsonl")
+    assert [r["step"] for r in rollouts] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert any(r["parts"]["gate"] for r in rollouts) and all(r["text"] for r in rollouts)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
+    assert model.generation_config.eos_token_id == reward.stop_id(tokenizer)
+    assert distance(model.state_dict(), weights_of(tiny_model)) > 1e-3
+    assert json.loads((out / "mapper.json").read_text()) == {"align": "nll", "tau": 0.5}
+    assert json.loads((out / "config.json").read_text())["config"]["lr"] == 1e-3
+    assert not list(out.glob("checkpoint-*")) and not list(out.glob("*.partial"))
+
+
+def test_two_processes_do_the_same(straight, tmp_path):
+    flags, expected = straight
+    finish(start(flags | {"output_dir": tmp_path / "out"}, processes=2))
+    got = read(tmp_path / "out/metrics.jsonl")
+    assert [row.keys() for row in got] == [row.keys() for row in expected]
+    for a, b in zip(untimed(got), untimed(expected)):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
+    assert distance(weights_of(tmp_path / "out/model"), weights_of(flags["output_dir"] / "model")) < 2e-4
+
+
+def test_killed_and_started_again(straight, tmp_path):
+    flags, expected = straight
+    out = tmp_path / "out"
+    flags = flags | {"output_dir": out}
+    process = start(flags)
+    deadline = time.monotonic() + 600
+    # Three steps are logged and two are saved: the third is to be made, and logged, again.
+    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "model").exists(), "the run was over before it was killed"
+    assert reward.last_checkpoint(out).name == "checkpoint-000002"
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "rew')  # a line that the kill cut short
+    finish(start(flags))
+    assert untimed(read(out / "metrics.jsonl")) == untimed(expected)
+    assert (out / "rollouts.jsonl").read_text() == (Path(straight[0]["output_dir"]) / "rollouts.jsonl").read_text()
+    assert distance(weights_of(out / "model"), weights_of(straight[0]["output_dir"] / "model")) == 0
+    assert "finished already" in finish(start(flags)) and len(read(out / "metrics.jsonl")) == 4
+
+
+def test_solve_run_and_problems_that_are_too_long(straight, tmp_path):
+    flags, _ = straight
+    rows = [{k: row[k] for k in ("id", "problem", "answer")} for row in sum_demonstrations(9)]
+    rows[4] |= {"id": "giant", "problem": "Add 1 and 2. " * 60}
+    flags = flags | {"task": "solve", "steps": 3, "data": write(tmp_path / "d.jsonl", rows)}
+    output = finish(start(flags | {"output_dir": tmp_path / "out", "show": 99, "passes": 2}))
+    assert "left out 1 problems" in output and "giant" in output
+    metrics = read(tmp_path / "out/metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    for row in metrics:
+        assert 0 < row["reward"] <= row["correct"] < 1 and row["grad_norm"] > 0 and row["logprob_diff"] < 1e-3
+        assert "gate" not in row
+    rollouts = read(tmp_path / "out/rollouts.jsonl")
+    answers = {row["id"]: row["answer"] for row in rows}
+    assert len(rollouts) == 3 * 32 and len({r["id"] for r in rollouts}) == 8  # all but the giant one
+    for r in rollouts:
+        assert r["reward"] in (0.0, float(f"\\boxed{{{answers[r['id']]}}}" in r["text"]))
+    assert len({r["text"] for r in rollouts}) > 10  # the samples of a request differ
+    assert not (tmp_path / "out/mapper.json").exists()
+
+
+DRIVER = """
+import sys
+import mapper_rl, reward
+
+{change}
+
+if __name__ == "__main__":
+    reward.run(mapper_rl.main)
+"""
+
+CONSTANT = """
+calls, real = [], reward.mapper_reward
+
+def mapper_reward(*given):  # two ranks, two groups of eight rollouts each: sixteen calls a step and rank
+    import os
+    step = len(calls) // 16 + 1
+    calls.append(given)
+    constant = step == 2 or (step == 3 and os.environ["RANK"] == "1")
+    return 0.25 if constant else len(calls) % 2 + 0.01 * real(*given)
+
+reward.mapper_reward = mapper_reward
+"""
+
+
+def test_steps_and_ranks_without_variance(straight, tmp_path):
+    """Step 2 has no variance anywhere and is skipped; in step 3 one rank has nothing to learn from, and takes part."""
+    flags, _ = straight
+    (tmp_path / "driver.py").write_text(DRIVER.format(change=CONSTANT))
+    flags = flags | {"output_dir": tmp_path / "out", "micro_batch_tokens": 200}
+    output = finish(start(flags, 2, tmp_path / "driver.py"))
+    assert "step 2: no group had any variance" in output
+    metrics = read(tmp_path / "out/metrics.jsonl")
+    assert [row["dropped_groups"] for row in metrics] == [0, 4, 2, 0]
+    assert ["grad_norm" in row for row in metrics] == [True, False, True, True]
+    assert metrics[1]["reward"] == 0.25 and "loss" not in metrics[1] and metrics[1]["generated_tokens"] > 0
+    assert all(row["logprob_diff"] < 1e-3 for row in metrics if "logprob_diff" in row)
+
+
+BROKEN = """
+calls, real = [], reward.judge
+
+def judge(*given):
+    import os
+    calls.append(given)
+    if os.environ["RANK"] == "1" and len(calls) > 16:  # in step 2
+        raise ArithmeticError("the judge has left the room")
+    return real(*given)
+
+reward.judge = judge
+"""
+
+
+def test_exception_on_one_rank_ends_all(straight, tmp_path):
+    flags, _ = straight
+    (tmp_path / "driver.py").write_text(DRIVER.format(change=BROKEN))
+    process = start(flags | {"output_dir": tmp_path / "out"}, 2, tmp_path / "driver.py")
+    deadline = time.monotonic() + 600
+    metrics = tmp_path / "out/metrics.jsonl"
+    while not metrics.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    output = end(process, 60)  # from the end of step 1 on, most of it torchrun's patience with the other rank
+    assert process.returncode != 0
+    assert "ArithmeticError: the judge has left the room" in output
+    assert len(read(metrics)) == 1 and not (tmp_path / "out/model").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Misuse
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fails(flags: dict, monkeypatch, capsys) -> str:
+    """The one line with which the script ends."""
+    monkeypatch.setattr(sys, "argv", ["mapper_rl.py", *command(flags)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        mapper_rl.main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def bad_models(tiny_model, tmp_path_factory) -> dict[str, str]:
+    folders = {}
+    for name in ("bare", "silent", "foreign"):
+        folders[name] = str(tmp_path_factory.mktemp("bad") / name)
+        shutil.copytree(tiny_model, folders[name])
+    for path in Path(folders["bare"]).iterdir():  # no tokenizer
+        if path.name not in ("config.json", "model.safetensors", "generation_config.json"):
+            path.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    shutil.rmtree(folders["silent"])
+    shutil.copytree(folders["bare"], folders["silent"])
+    tokenizer.save_pretrained(folders["silent"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folders["foreign"])
+    return folders
+
+
+GOOD = sum_demonstrations(3)
+BAD = [  # flags, rows of the data, what the line names
+    ({"data": "nowhere.jsonl"}, GOOD, ["nowhere.jsonl", "no such file"]),
+    ({}, [], ["data.jsonl", "empty"]),
+    ({}, [GOOD[0], "{oops"], ["data.jsonl, line 2", "not JSON"]),
+    ({}, [GOOD[0], {"id": "x", "problem": "p", "answer": "3"}], ["line 2", "'solution'", "missing"]),
+    ({}, [GOOD[0] | {"answer": 7}], ["line 1", "'answer'", "str", "7"]),
+    ({}, [GOOD[0], GOOD[1], GOOD[0]], ["line 3", "'s0'", "line 1"]),
+    ({"group_size": 1}, GOOD, ["--group_size", "1"]),
+    ({"temperature": 0}, GOOD, ["--temperature", "0"]),
+    ({"temperature": "nan"}, GOOD, ["--temperature", "nan"]),
+    ({"lr": -1}, GOOD, ["--lr", "-1"]),
+    ({"steps": 0}, GOOD, ["--steps", "0"]),
+    ({"clip_low": 1.5}, GOOD, ["--clip_low", "1.5"]),
+    ({"max_tokens": 160}, GOOD, ["--max_tokens 160", "--max_model_len 160"]),
+    ({"max_model_len": 4096}, GOOD, ["--max_model_len 4096", "512"]),
+    ({"max_model_len": 40}, GOOD, ["data.jsonl", "no prompt fits"]),
+    ({"task": "dance"}, GOOD, ["--task", "map", "solve", "dance"]),
+    ({"align": "kll"}, GOOD, ["--align", "nll", "kll"]),
+    ({"hard_cheats": "hedged"}, GOOD, None),  # a good one: the next is not refused for its flag
+    ({"hard_cheats": "hedgehog"}, GOOD, ["--hard_cheats", "hedged", "hedgehog"]),
+    ({"step": 7}, GOOD, ["--step 7"]),
+    ({"colour": "red"}, GOOD, ["--colour red"]),
+    ({"model": "nowhere"}, GOOD, ["nowhere"]),
+    ({"model": "bare"}, GOOD, ["bare", "tokenizer"]),
+    ({"model": "silent"}, GOOD, ["silent", "chat template"]),
+    ({"target": "foreign"}, GOOD, ["tiny", "foreign", "share a tokenizer"]),
+]
+
+
+@pytest.mark.parametrize("flags, rows, words", BAD, ids=[f"{next(iter(b[0]), 'data')}-{i}" for i, b in enumerate(BAD)])
+def test_bad_input_ends_at_once_with_one_line(
+    tiny_model, bad_models, tmp_path, monkeypatch, capsys, lone, flags, rows, words
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "data.jsonl", rows)
+    flags = {"model": tiny_model, "data": "data.jsonl", "output_dir": "out", "max_tokens": 24, **flags}
+    flags = {"max_model_len": 160} | {k: bad_models.get(v, v) for k, v in flags.items()}
+    if words is None:
+        monkeypatch.setattr(sys, "argv", ["mapper_rl.py", *command(flags)])
+        assert reward.parse_config(mapper_rl.Config).hard_cheats == ["hedged"]
+        return
+    line = fails(flags, monkeypatch, capsys)
+    assert all(word in line for word in words), line
+
+
+def test_folder_of_another_config_is_refused(straight, monkeypatch, capsys, lone):
+    flags, expected = straight
+    line = fails(flags | {"lr": 2e-3}, monkeypatch, capsys)
+    assert "--lr 0.001" in line and "0.002" in line and str(flags["output_dir"]) in line
+    assert read(flags["output_dir"] / "metrics.jsonl") == expected
+
+
+def test_groups_must_be_shared_evenly(straight, tmp_path):
+    process = start(straight[0] | {"groups": 3, "output_dir": tmp_path / "out"}, 2)
+    output = end(process, 300)
+    assert process.returncode != 0 and output.count("--groups 3 must be a multiple of the 2 processes") == 1
+    assert not (tmp_path / "out").exists()
