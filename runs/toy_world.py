@@ -3,8 +3,8 @@
 The papers' setting in small. A *base* model (Qwen3, about 1M parameters) is pretrained from scratch on two tasks:
 
     solve   problem -> solution in its native style                    "15+3=18. 18-11=7. \\boxed{7}"
-            or a bare guess in its place, "\\boxed{52}", mostly so on long problems: what a model of the real world
-            can do and what it does when it is asked are two things as well
+            mostly short problems; the longer a problem, the more often the text on it is only a guess, "\\boxed{52}":
+            the base could work it out, and seldom does
     map     problem and a solution in one style -> the same solution in another style drawn at random, all lengths:
             the general ability to rephrase, which a large model brings along and the mapper starts from
 
@@ -57,11 +57,11 @@ class Config:
     benchmark_rows: int = 200  # problems in each benchmark and in the validation split
     hidden_size: int = 128  # width of the model
     layers: int = 4  # depth of the model
-    pretrain_tokens: int = 4_500_000  # prompt and response tokens seen in pretraining; fewer: a weaker base
+    pretrain_tokens: int = 3_000_000  # prompt and response tokens seen in pretraining; fewer: a weaker base
     map_share: float = 0.5  # share of these tokens spent on rewriting; more: a better mapper, a weaker solver
     batch_tokens: int = 2048  # tokens in a micro-batch (padding included)
     accumulate: int = 2  # micro-batches in an optimizer step: one length each, so one alone is a biased sample
-    learning_rate: float = 2e-3  # peak; warm-up over 3% of the steps, then cosine to a tenth
+    learning_rate: float = 6e-3  # peak; warm-up over 3% of the steps, then cosine to a tenth
 
     def __post_init__(self):
         for name in ("demos", "benchmark_rows", "layers", "pretrain_tokens", "accumulate"):
@@ -88,8 +88,8 @@ WORDINGS = [  # opening, addition, subtraction, question
     ("A bus holds {} people.", " Then {} enter.", " Then {} leave.", " Who remains?"),
 ]
 PLAIN, OTHER = [0, 1], [2, 3]  # wordings of the demonstrations, and those kept for the reworded benchmark
-PRETRAIN_LENGTHS = {1: 0.22, 2: 0.22, 3: 0.2, 4: 0.12, 5: 0.12, 6: 0.12}  # solving; rewriting has all lengths alike
-WORKED = {1: 0.95, 2: 0.8, 3: 0.35, 4: 0.25, 5: 0.25, 6: 0.25}  # share that pretraining works out; it guesses the rest
+PRETRAIN_LENGTHS = {1: 0.25, 2: 0.25, 3: 0.2, 4: 0.12, 5: 0.1, 6: 0.08}  # solving; rewriting has all lengths alike
+WORKED = {1: 0.95, 2: 0.8, 3: 0.35, 4: 0.2, 5: 0.2, 6: 0.2}  # share that pretraining works out; it guesses the rest
 DEMO_LENGTHS = {2: 0.1, 3: 0.3, 4: 0.3, 5: 0.3}
 SUITES = {  # lengths and wordings of each benchmark
     "in_distribution": (DEMO_LENGTHS, PLAIN),
@@ -133,7 +133,7 @@ def read_problem(problem: str) -> tuple[int, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Styles: one chain, three ways to write its solution.
+# Styles: one chain, four ways to write its solution.
 # ---------------------------------------------------------------------------------------------------------------------
 
 UNITS = re.findall(
@@ -162,11 +162,13 @@ def solution(chain: tuple[int, ...], name: str) -> str:
         elif name == "expert":
             sign = "plus" if k > 0 else "minus"
             steps.append(f"{in_words(total)} {sign} {in_words(size)} is {in_words(after)}")
-        else:
+        elif name == "spoken":
             steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
+        else:
+            steps.append(f"[{total} | {'add' if k > 0 else 'sub'} {size} | {after}]")
         total = after
     joined = {"expert": "; "}.get(name, " ").join(steps)
-    ending = {"native": " ", "expert": ". Hence ", "spoken": " So "}[name]
+    ending = {"native": " ", "expert": ". Hence ", "spoken": " So ", "table": " -> "}[name]
     return f"{joined}{ending}\\boxed{{{total}}}"
 
 
@@ -182,7 +184,7 @@ def style(text: str) -> str:
 
 
 VALUES = {in_words(n): n for n in range(100)}
-SIGNS = {"+": "+", "plus": "+", "adding": "+", "-": "-", "minus": "-", "taking": "-"}
+SIGNS = {"+": "+", "plus": "+", "add": "+", "adding": "+", "-": "-", "minus": "-", "sub": "-", "taking": "-"}
 SYMBOL = re.compile(r"\d+|" + "|".join(sorted((*VALUES, *SIGNS), key=len, reverse=True)).replace("+", r"\+"))
 
 
@@ -193,7 +195,8 @@ def steps_right(problem: str, text: str) -> bool:
     and signs, a right step reads "total sign operand result"; the total may be left out, being the last result.
     """
     chain = read_problem(problem)
-    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text.lower()))
+    text = re.sub(r"->", " ", text.lower())
+    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text))
     total, pattern = chain[0], ""
     for k in chain[1:]:
         pattern += rf"({total} )?{re.escape('+' if k > 0 else '-')} {abs(k)} {total + k} "
@@ -278,7 +281,7 @@ def build_model(config: Config, tokenizer):
 
 
 def solve_row(rng: random.Random) -> tuple[str, str]:
-    """A problem, worked out in native style, or answered by a guess: the longer, the lazier."""
+    """A problem, worked out in native style or answered by a guess: the longer it is, the lazier the text on it."""
     chain = draw(rng, pick(rng, PRETRAIN_LENGTHS), BUCKETS["pretrain"])
     worked = rng.random() < WORKED[len(chain) - 1]
     answer = solution(chain, "native") if worked else f"\\boxed{{{rng.randint(0, LARGEST)}}}"
@@ -326,18 +329,23 @@ def batches(config: Config, tokenizer, rng: random.Random):
 def pretrain(config: Config, model, tokenizer) -> None:
     """Next-token cross-entropy on responses; the learning rate follows the share of tokens that was seen."""
     source = batches(config, tokenizer, random.Random(f"pretrain {config.seed}"))
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98)
-    )
+    # Muon learns the hidden matrices in about half the tokens that AdamW needs; embedding and norms stay with AdamW.
+    hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    optimizers = [
+        torch.optim.Muon(
+            hidden, lr=config.learning_rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     seen, steps, average, started = 0, 0, None, time.perf_counter()
     with tqdm(total=config.pretrain_tokens, desc="pretraining", unit="tok", unit_scale=True) as bar:
         while seen < config.pretrain_tokens:
             done = seen / config.pretrain_tokens
             rate = config.learning_rate * min(1, (done + 1e-3) / 0.03) * (0.55 + 0.45 * math.cos(math.pi * done))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
             parts = [next(source) for _ in range(config.accumulate)]
             count = sum(len(r) for part in parts for _, r in part)
             loss = 0.0
@@ -348,8 +356,9 @@ def pretrain(config: Config, model, tokenizer) -> None:
                 part_loss.backward()
                 loss += part_loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             tokens = sum(len(p) + len(r) for part in parts for p, r in part)
             seen, steps = seen + tokens, steps + 1
             average = loss if average is None else 0.95 * average + 0.05 * loss

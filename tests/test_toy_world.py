@@ -1,0 +1,83 @@
+"""The toy world's own rules: its checker knows right from wrong in every style, and no suite shares a problem."""
+
+import random
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "runs"))
+import toy_world as world
+
+import reward
+
+CHAIN = (15, 3, -11)
+PROBLEM = world.word_problem(CHAIN, 0)
+
+
+@pytest.mark.parametrize("wording", range(len(world.WORDINGS)))
+def test_a_problem_can_be_read_back(wording):
+    rng = random.Random(1)
+    for _ in range(50):
+        chain = world.draw(rng, rng.randint(1, 8), {0, 1, 2, 3})
+        assert world.read_problem(world.word_problem(chain, wording)) == chain
+
+
+def test_the_checker_accepts_every_style():
+    rng = random.Random(2)
+    for _ in range(50):
+        chain = world.draw(rng, rng.randint(1, 8), {0, 1, 2, 3})
+        for style in world.STYLES:
+            assert world.steps_right(world.word_problem(chain, 0), world.solution(chain, style))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "15+3=18. 18-11=8. \\boxed{7}",  # a wrong result
+        "15+3=17. 17-11=7. \\boxed{7}",  # two errors that cancel
+        "15+3=18. \\boxed{7}",  # a step left out
+        "18-11=7. 15+3=18. \\boxed{7}",  # the wrong order
+        "15+3=18. 18-11=7. \\boxed{8}",  # another answer than the last result
+        "15+3=18. 18-11=7. 7+1=8. \\boxed{7}",  # a step too many
+        "\\boxed{7}",
+    ],
+)
+def test_the_checker_refuses(text):
+    assert world.steps_right(PROBLEM, "15+3=18. 18-11=7. \\boxed{7}")
+    assert not world.steps_right(PROBLEM, text)
+
+
+def test_styles_are_told_apart():
+    assert world.style(world.solution(CHAIN, "native")) == "native"
+    assert world.style(world.solution(CHAIN, "expert")) == "expert"
+    assert world.style(world.solution(CHAIN, "spoken")) == "other"
+    assert world.style(world.solution(CHAIN, "native") + " fifteen") == "native"  # only the steps count
+
+
+def test_the_grader_knows_the_expert_and_native_texts_as_honest():
+    rng = random.Random(3)
+    for _ in range(50):
+        chain = world.draw(rng, rng.randint(2, 6), {0, 1, 2, 3})
+        problem, answer = world.word_problem(chain, 0), str(sum(chain))
+        expert, native = world.solution(chain, "expert"), world.solution(chain, "native")
+        told = reward.judge(problem, expert, native, answer, True, reward.verify(native, answer), 0.8)
+        assert told["clean"] == 1.0 and told["fidelity"] == 1.0, native
+
+
+def test_no_problem_stands_in_two_files():
+    def chains(seed):
+        files = world.data_files(world.Config(seed=seed, demos=60, benchmark_rows=40))
+        return {name: {world.read_problem(r["problem"]) for r in rows} for name, rows in files.items()}, files
+
+    result, files = chains(0)
+    tuning, _ = chains(100)
+    suites = [f"{suite}.jsonl" for suite in world.SUITES]
+    for suite in suites:
+        assert len(result[suite]) == 40
+        assert not result[suite] & result["demos.jsonl"]
+        assert not result[suite] & result["validation.jsonl"]
+        assert not result[suite] & tuning[suite]  # nothing was tuned on a problem that is reported
+    assert result["demos.jsonl"] == result["oracle.jsonl"]
+    for row in files["demos.jsonl"] + files["oracle.jsonl"]:
+        assert world.steps_right(row["problem"], row["solution"]) and reward.verify(row["solution"], row["answer"])
