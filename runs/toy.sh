@@ -6,8 +6,8 @@
 #   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
 #
 # A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Every arm
-# sees the same problems, steps, schedule and prompt. The numbers below were chosen by runs/tune.sh on seed 100, from one
-# grid for all arms; no result uses that seed.
+# sees the same problems, steps, schedule and prompt. runs/tune.sh chooses the learning rates and steps below on seed 100,
+# which no result uses, from one grid for all arms; it has not been run to its end yet, so these are first guesses.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash runs/setup.sh
@@ -16,9 +16,9 @@ SEED="${SEED:-0}"
 OUT="${OUT:-out/toy}/seed$SEED"
 SFT_STEPS=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
 SFT_GRID="--lr 1e-3 --steps 160"     # expert text
-PROMPTED_GRID="--lr 1e-3 --steps 160" # untrained mapper's rewrites
-DART_GRID="--lr 1e-3 --steps 160"    # trained mapper's rewrites
-ORACLE_GRID="--lr 1e-3 --steps 160"  # native text
+PROMPTED_GRID="--lr 3e-4 --steps 160" # untrained mapper's rewrites
+DART_GRID="--lr 3e-4 --steps 160"    # trained mapper's rewrites
+ORACLE_GRID="--lr 3e-4 --steps 160"  # native text
 RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
     --gradient_checkpointing False --seed "$SEED")
 MAPPER_GRID="--lr 3e-4 --steps 60"
