@@ -133,7 +133,7 @@ def read_problem(problem: str) -> tuple[int, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Styles: one chain, four ways to write its solution.
+# Styles: one chain, three ways to write its solution.
 # ---------------------------------------------------------------------------------------------------------------------
 
 UNITS = re.findall(
@@ -162,13 +162,11 @@ def solution(chain: tuple[int, ...], name: str) -> str:
         elif name == "expert":
             sign = "plus" if k > 0 else "minus"
             steps.append(f"{in_words(total)} {sign} {in_words(size)} is {in_words(after)}")
-        elif name == "spoken":
-            steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
         else:
-            steps.append(f"[{total} | {'add' if k > 0 else 'sub'} {size} | {after}]")
+            steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
         total = after
     joined = {"expert": "; "}.get(name, " ").join(steps)
-    ending = {"native": " ", "expert": ". Hence ", "spoken": " So ", "table": " -> "}[name]
+    ending = {"native": " ", "expert": ". Hence ", "spoken": " So "}[name]
     return f"{joined}{ending}\\boxed{{{total}}}"
 
 
@@ -184,7 +182,7 @@ def style(text: str) -> str:
 
 
 VALUES = {in_words(n): n for n in range(100)}
-SIGNS = {"+": "+", "plus": "+", "add": "+", "adding": "+", "-": "-", "minus": "-", "sub": "-", "taking": "-"}
+SIGNS = {"+": "+", "plus": "+", "adding": "+", "-": "-", "minus": "-", "taking": "-"}
 SYMBOL = re.compile(r"\d+|" + "|".join(sorted((*VALUES, *SIGNS), key=len, reverse=True)).replace("+", r"\+"))
 
 
@@ -195,8 +193,7 @@ def steps_right(problem: str, text: str) -> bool:
     and signs, a right step reads "total sign operand result"; the total may be left out, being the last result.
     """
     chain = read_problem(problem)
-    text = re.sub(r"->", " ", text.lower())
-    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text))
+    found = " ".join(str(VALUES.get(s, SIGNS.get(s, s))) for s in SYMBOL.findall(text.lower()))
     total, pattern = chain[0], ""
     for k in chain[1:]:
         pattern += rf"({total} )?{re.escape('+' if k > 0 else '-')} {abs(k)} {total + k} "
