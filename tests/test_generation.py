@@ -181,7 +181,7 @@ def test_evaluation_files(world, evaluations, tiny_model):
 def test_killed_evaluation_goes_on(evaluations):
     """One process was killed; two finish the work, repeat no row, and write what one undisturbed process writes."""
     whole, killed, kept, _, printed = evaluations
-    assert 64 <= len(kept) < 200
+    assert 0 < len(kept) < 200  # flushed every 64 rows or after some seconds, whichever comes first
     rows = read(killed / "other/sums.jsonl")
     assert [row for row in rows if row["id"] in {k["id"] for k in kept}] == sorted(kept, key=lambda k: int(k["id"][1:]))
     for benchmark in ("sums", "few"):
