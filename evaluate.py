@@ -372,8 +372,7 @@ def main():
             if engine is None:
                 engine = reward.start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
             else:
-                engine.collective_rpc("reload_weights", kwargs=dict(weights_path=path))
-                engine.reset_prefix_cache()
+                reward.reload_engine(engine, weights_path=path)
 
             # --- 4. generate, grade, flush ---
             evaluate(engine, config, tokenizers[name], work[name][rank::world], folder)
