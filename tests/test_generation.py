@@ -89,7 +89,7 @@ def world(tmp_path_factory, tiny_model):
     folder = tmp_path_factory.mktemp("world")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     with torch.no_grad():
-        model.lm_head.weight.mul_(0.6)  # a flatter distribution: worse answers; tied, as the engine's reload must notice
+        model.lm_head.weight.mul_(0.6)  # flatter, so worse answers; tied, which a reload must notice
     model.save_pretrained(folder / "other")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder / "other")
     write(folder / "sums.jsonl", sum_demonstrations(200, seed=1))
