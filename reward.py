@@ -644,62 +644,83 @@ def _chunked_head():
     """The autograd function behind `chunked_logprobs` (made on first use, because torch is imported late)."""
     import torch
 
+    def logits_of(hidden, head, temperature=1.0):
+        return hidden.float() @ head.T / temperature  # (chunk, V)
+
     class ChunkedHead(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, hidden, weight, targets, temperature, chunk):
-            ctx.save_for_backward(hidden, weight, targets)
+        def forward(ctx, hidden, weight, targets, temperature, chunk, ref_hidden, ref_weight):
+            ctx.save_for_backward(hidden, weight, targets, ref_hidden, ref_weight)
             ctx.temperature, ctx.chunk = temperature, chunk
-            head = weight.float()
-            logprobs, entropy = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+            head, ref_head = weight.float(), None if ref_weight is None else ref_weight.float()
+            logprobs, second = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
             for i in range(0, len(targets), chunk):
                 part = slice(i, i + chunk)
-                logits = hidden[part].float() @ head.T / temperature  # (chunk, V)
-                logp = logits.log_softmax(-1)
+                logp = logits_of(hidden[part], head, temperature).log_softmax(-1)
                 logprobs[part] = logp.gather(-1, targets[part, None])[:, 0]
-                entropy[part] = -(logp.exp() * logp).sum(-1)
-            ctx.mark_non_differentiable(entropy)
-            return logprobs, entropy
+                if ref_hidden is None:
+                    second[part] = -(logp.exp() * logp).sum(-1)
+                else:  # KL(ref || policy) = sum_v p_ref(v) (log p_ref(v) - log p(v))
+                    ref = logits_of(ref_hidden[part], ref_head).log_softmax(-1)
+                    second[part] = (ref.exp() * (ref - logp)).sum(-1)
+            if ref_hidden is None:
+                ctx.mark_non_differentiable(second)
+            return logprobs, second
 
         @staticmethod
-        def backward(ctx, grad, _):
-            hidden, weight, targets = ctx.saved_tensors
-            head = weight.float()
+        def backward(ctx, grad, grad_kl):
+            hidden, weight, targets, ref_hidden, ref_weight = ctx.saved_tensors
+            head, ref_head = weight.float(), None if ref_weight is None else ref_weight.float()
             grad_hidden = torch.empty_like(hidden)
             grad_head = torch.zeros_like(head)
             for i in range(0, len(targets), ctx.chunk):
                 part = slice(i, i + ctx.chunk)
-                h = hidden[part].float()
-                # d logp[target] / d logits = (onehot(target) - softmax(logits)) / temperature
-                d = (h @ head.T / ctx.temperature).softmax(-1).neg_()  # (chunk, V), recomputed rather than kept
-                d.scatter_add_(-1, targets[part, None], torch.ones_like(d[:, :1]))
-                d *= grad[part, None] / ctx.temperature
+                p = logits_of(hidden[part], head, ctx.temperature).softmax(-1)  # (chunk, V), recomputed, never kept
+                # d logp[target] / d logits = (onehot(target) - p) / temperature
+                d = -grad[part, None] * p
+                d.scatter_add_(-1, targets[part, None], grad[part, None])
+                if ref_hidden is not None:  # d KL / d logits = (p - p_ref) / temperature
+                    d += grad_kl[part, None] * (p - logits_of(ref_hidden[part], ref_head).softmax(-1))
+                d /= ctx.temperature
                 grad_hidden[part] = (d @ head).to(hidden.dtype)
-                grad_head.addmm_(d.T, h)
-            return grad_hidden, grad_head.to(weight.dtype), None, None, None
+                grad_head.addmm_(d.T, hidden[part].float())
+            return grad_hidden, grad_head.to(weight.dtype), None, None, None, None, None
 
     return ChunkedHead
 
 
-def chunked_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int = 256):
+def chunked_logprobs(hidden, weight, targets, temperature: float = 1.0, chunk: int = 256, reference=(None, None)):
     """log softmax(hidden @ weight.T / temperature)[targets] and the entropy (no gradient), both fp32 of shape (N,).
+
+    With a `reference` (hidden, weight) the second is KL(reference || this) over the whole vocabulary, differentiable.
 
     hidden (N, H) and weight (V, H) may be bf16; products and sums are fp32 (logits rounded to bf16 are off by 0.1).
     Only (chunk, V) logits exist at any time, forward and backward: plain chunking would keep every chunk for autograd.
     """
-    return _chunked_head().apply(hidden, weight, targets, temperature, chunk)
+    return _chunked_head().apply(hidden, weight, targets, temperature, chunk, *reference)
 
 
-def token_logprobs(model, input_ids, mask, temperature: float = 1.0, vocab: int | None = None, chunk: int = 256):
-    """log p(token | the tokens before it) and the entropy there, wherever `mask` is set: two fp32 tensors (N,).
+def response_states(model, input_ids, mask, vocab: int | None = None):
+    """What the head sees where a token of `mask` is predicted, (N, H), and the head itself, (V, H)."""
+    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+    return hidden[:, :-1][mask[:, 1:]], model.lm_head.weight[:vocab]  # the state at t-1 predicts token t
+
+
+def token_logprobs(
+    model, input_ids, mask, temperature: float = 1.0, vocab: int | None = None, chunk: int = 256, reference=None
+):
+    """log p(token | the tokens before it) and the entropy there, wherever `mask` is set: two fp32 tensors (N,). With a
+    `reference` model the second is KL(reference || model) there.
 
     input_ids (B, T) int64, right-padded; mask (B, T) bool, never set at column 0; the N set places in row-major order.
     `vocab` leaves out the rows of the embedding behind the tokenizer's last id, which an engine is forbidden to sample.
     """
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
-    chosen = mask[:, 1:]  # the state at t-1 predicts token t
-    return chunked_logprobs(
-        hidden[:, :-1][chosen], model.lm_head.weight[:vocab], input_ids[:, 1:][chosen], temperature, chunk
-    )
+    import torch
+
+    with torch.no_grad():
+        ref = reference.response_states(input_ids, mask, vocab) if reference is not None else (None, None)
+    hidden, head = response_states(model, input_ids, mask, vocab)
+    return chunked_logprobs(hidden, head, input_ids[:, 1:][mask[:, 1:]], temperature, chunk, ref)
 
 
 def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -984,12 +1005,14 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(train)
-    model.token_logprobs = types.MethodType(token_logprobs, model)
+    for function in (token_logprobs, response_states):
+        setattr(model, function.__name__, types.MethodType(function, model))
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-    register_fsdp_forward_method(model, "token_logprobs")
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)  # the head is used after response_states returns
+    for function in (token_logprobs, response_states):
+        register_fsdp_forward_method(model, function.__name__)
     for module in model.modules():
         if train and isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

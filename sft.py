@@ -3,15 +3,23 @@
 Every row is one question and one answer to imitate. The question is asked exactly as evaluation asks it, and the
 answer ends with the stop id, whose loss counts: a model that is never taught to stop does not stop. One loss for all:
 
-    L = 1/N  sum over rows i, response tokens t  [ - w_i * sg[p_t^a] * log p_t ]
+    L = 1/N  sum over rows i, response tokens t  [ - w_i * sg[p_t^a] * sg[rho_i] * log p_t  +  lambda * KL(ref || p)_t ]
 
-    w_i  the row's `weight` (1.0 where it has none)
-    p_t  the model's probability of the token; sg[] lets no gradient through
-    a    0: SFT, cross entropy (`--loss sft`)
-         1: DFT, arXiv 2508.05629 (`--loss dft`). Its gradient is that of -p_t: tokens that the model finds improbable
-         no longer pull without bound. It is also Mind the Gap's importance weight with behaviour probability 1.
-    N    the *global* number of response tokens of the optimizer step, all ranks and all micro-batches: a mean of means
-         would let the result depend on how many processes and micro-batches there are
+    w_i    the row's `weight` (1.0 where it has none); RASFT's come from rewrite.py
+    p_t    the model's probability of the token; sg[] lets no gradient through
+    a      0: cross entropy. 1: the gradient is that of -p_t, so tokens that the model finds improbable no longer pull
+           without bound (DFT; also Mind the Gap's importance weight with behaviour probability 1)
+    rho_i  clip(exp(mean_t log p_ref - mean_t log p), low, high): RASFT's ratio of the frozen reference to the model.
+           mean_t log p_ref is the row's `align`, which rewrite.py has stored: no second model is needed
+    KL     from the model as it was at the start, ref, over the whole vocabulary (ASFT's anchor)
+    N      the *global* number of response tokens of the optimizer step, all ranks and all micro-batches: a mean of
+           means would let the result depend on how many processes and micro-batches there are
+
+    --loss   a   rho          lambda   source
+    sft      0   off          0        cross entropy
+    dft      1   off          0        DFT, arXiv 2508.05629; Mind the Gap's DR+DFT, arXiv 2509.15157
+    asft     1   off          0.05     ASFT, arXiv 2509.23753
+    rasft    1   [0.4, 1.2]   0        RASFT, arXiv 2606.07006, with the weights of `rewrite.py --method rasft`
 
 DART is `--loss sft` on rewrite.py's mapper rewrites, Mind the Gap `--method resolve` and either loss,
 rejection-sampling fine-tuning `--method self`, plain SFT the demonstrations themselves. Left out: packing (rows are
@@ -42,7 +50,12 @@ from tqdm import tqdm
 
 import reward
 
-POWER = {"sft": 0.0, "dft": 1.0}  # a of each preset
+PRESETS = {  # clipping to [1, 1] switches the ratio off
+    "sft": dict(power=0.0, rho_low=1.0, rho_high=1.0, anchor=0.0),
+    "dft": dict(power=1.0, rho_low=1.0, rho_high=1.0, anchor=0.0),
+    "asft": dict(power=1.0, rho_low=1.0, rho_high=1.0, anchor=0.05),
+    "rasft": dict(power=1.0, rho_low=0.4, rho_high=1.2, anchor=0.0),
+}
 
 
 @dataclass
@@ -53,7 +66,11 @@ class Config:
     output_dir: str  # run folder: config.json, metrics.jsonl, checkpoint-*, and at the end model/
     start_from: str = ""  # run folder whose last checkpoint (model, optimizer, step) is carried on; leave it as it is
     # The loss
-    loss: str = "sft"  # sft (cross entropy) or dft (times the token's own probability: gentler with foreign text)
+    loss: str = "sft"  # preset of the four fields below, which can also be moved one by one: sft, dft, asft, rasft
+    power: float | None = None  # a of p_t^a: 0 imitates all tokens alike; 1 is gentle with foreign ones
+    rho_low: float | None = None  # lower clip of RASFT's ratio; 1 in both: no ratio, no need for `align`
+    rho_high: float | None = None  # upper clip
+    anchor: float | None = None  # lambda; more: stays nearer to the start. Above 0 a frozen copy is kept
     # Schedule
     lr: float = 1e-5  # peak learning rate; too high and what the target could do before is forgotten
     steps: int = 0  # optimizer steps of this run; 0 = as many as `epochs` needs
@@ -79,7 +96,15 @@ class Config:
 
     def __post_init__(self):
         check = reward.check
-        check(self.loss in POWER, f"--loss must be one of {', '.join(POWER)}, got {self.loss}")
+        check(self.loss in PRESETS, f"--loss must be one of {', '.join(PRESETS)}, got {self.loss}")
+        for name, value in PRESETS[self.loss].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check(0 <= self.power < math.inf, f"--power must be 0 or more, got {self.power}")
+        check(0 <= self.anchor < math.inf, f"--anchor must be 0 or more, got {self.anchor}")
+        low, high = self.rho_low, self.rho_high
+        clips = 0 <= low < high < math.inf or low == high == 1
+        check(clips, f"--rho_low and --rho_high must be 0 <= low < high, or both 1 (off), got {low} and {high}")
         check(0 < self.lr < 1, f"--lr must be between 0 and 1, got {self.lr}")
         check(0 < self.epochs < math.inf, f"--epochs must be above 0, got {self.epochs}")
         check(0 <= self.warmup <= 1, f"--warmup must be a share from 0 to 1, got {self.warmup}")
@@ -97,6 +122,15 @@ class Config:
 def token_loss(logprobs, weights, power: float):
     """- w * sg[p^a] * log p for every token; logprobs and weights are (N,)."""
     return -weights * (power * logprobs.detach()).exp() * logprobs
+
+
+def ratios(logprobs, lengths: list[int], references: list[float], low: float, high: float):
+    """rho_i = clip(exp(mean_t log p_ref - mean_t log p), low, high) of every row, at each of its tokens; (N,) -> (N,).
+
+    A row has lengths[i] of the N tokens, and mean_t log p_ref = references[i]. No gradient. RASFT, arXiv 2606.07006.
+    """
+    means = logprobs.detach().split(lengths)
+    return torch.cat([(ref - m.mean()).exp().clamp(low, high).expand(len(m)) for ref, m in zip(references, means)])
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
@@ -141,15 +175,14 @@ def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
 def read_rows(config: Config) -> list[dict]:
     """Rows of the training set. A problem may stand several times, by source and sample."""
     fields = {"id": str, "problem": str, "solution": str}
-    rows = reward.read_jsonl(config.data, fields, ("id", "source", "sample"), optional={"weight": float})
-    for row in rows:
-        row.setdefault("weight", 1.0)
-    return rows
+    if config.rho_low < config.rho_high:
+        fields["align"] = float
+    return reward.read_jsonl(config.data, fields, ("id", "source", "sample"), optional={"weight": float})
 
 
-def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[float], list[str]]:
-    """((prompt ids, response ids), weight) of the rows that fit, and the ids of those that do not."""
-    pairs, weights, dropped = [], [], []
+def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[dict], list[str]]:
+    """(prompt ids, response ids) of the rows that fit, these rows, and the ids of those that do not."""
+    pairs, kept, dropped = [], [], []
     for row in rows:
         prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
         response = reward.response_ids(tokenizer, row["solution"])
@@ -157,8 +190,8 @@ def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[float]
             dropped.append(row["id"])
         else:
             pairs.append((prompt, response))
-            weights.append(float(row["weight"]))
-    return pairs, weights, dropped
+            kept.append(row)
+    return pairs, kept, dropped
 
 
 def main():
@@ -177,7 +210,9 @@ def main():
     tokenizer = reward.load_tokenizer(config.model)
     source = AutoConfig.from_pretrained(config.model)
     limit = min(config.max_length, source.max_position_embeddings)
-    pairs, weights, dropped = tokenize(tokenizer, rows, limit)
+    pairs, kept, dropped = tokenize(tokenizer, rows, limit)
+    weights = [float(row.get("weight", 1.0)) for row in kept]
+    references = [float(row.get("align", 0.0)) for row in kept]  # mean_t log p_ref, read only if rho is on
     reward.check(pairs, f"{config.data}: no row fits into {limit} tokens; raise --max_length")
     steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch_size)
     end = first + steps
@@ -193,6 +228,7 @@ def main():
         named = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
         print(f"{len(dropped)} of {len(rows)} rows are longer than {limit} tokens and are dropped: {named}", flush=True)
     model = reward.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    reference = reward.load_model(config.model, device, train=False) if config.anchor > 0 else None
     parameters = list(model.parameters())
     betas = (config.beta1, config.beta2)
     groups = [
@@ -223,17 +259,25 @@ def main():
         lr = learning_rate(config, step, total)
 
         # --- 4. gradient ---
-        sums = torch.zeros(3, dtype=torch.float64, device=device)  # of loss, log p and w * p
+        sums = torch.zeros(5, dtype=torch.float64, device=device)  # of loss, log p, w * p, rho and KL
         for part in deal(lengths, config.micro_batch_tokens, world)[rank]:
             chosen = [batch[i] for i in part]
             input_ids, mask = reward.collate([pairs[i] for i in chosen], device)  # (B, T) both
-            logprobs, _ = model.token_logprobs(input_ids, mask, chunk=config.head_chunk)  # (n,)
+            logprobs, kl = model.token_logprobs(input_ids, mask, chunk=config.head_chunk, reference=reference)  # (n,)
             w = torch.tensor([weights[i] for i in chosen for _ in pairs[i][1]], device=device)  # (n,)
-            # L = 1/N sum [ - w_i * sg[p_t^a] * log p_t ]; an empty micro-batch sums to 0 and only keeps ranks in step
-            loss = token_loss(logprobs, w, POWER[config.loss]).sum() / tokens
+            rho = torch.ones_like(w)
+            if config.rho_low < config.rho_high and chosen:
+                lengths, starts = zip(*[(len(pairs[i][1]), references[i]) for i in chosen])
+                rho = ratios(logprobs, lengths, starts, config.rho_low, config.rho_high)
+            if reference is None:
+                kl = torch.zeros_like(logprobs)  # without one, the second is the entropy
+            # L = 1/N sum [ - w_i * sg[p_t^a] * sg[rho_i] * log p_t + lambda * KL(ref || p)_t ]
+            # An empty micro-batch sums to 0: it only keeps the ranks in step.
+            loss = (token_loss(logprobs, w * rho, config.power) + config.anchor * kl).sum() / tokens
             loss.backward()
             with torch.no_grad():
-                sums += torch.stack([loss * tokens, logprobs.sum(), (w * logprobs.exp()).sum()])
+                told = [loss * tokens, logprobs.sum(), (w * logprobs.exp()).sum(), rho.sum(), kl.sum()]
+                sums += torch.stack(told)
         dist.all_reduce(sums)
 
         # --- 5. update ---
@@ -246,12 +290,12 @@ def main():
         step += 1
 
         # --- 6. log and save ---
-        loss, logprob, prob = (sums / tokens).tolist()
+        loss, logprob, prob, rho, kl = (sums / tokens).tolist()
         seconds = time.perf_counter() - start
         if rank == 0 and (step % config.log_every == 0 or step == end):
             row = dict(step=step, epoch=(step - first) * config.batch_size / len(pairs), loss=loss, logprob=logprob)
-            row |= dict(weighted_prob=prob, lr=lr, grad_norm=norm, tokens=tokens, tokens_per_second=tokens / seconds)
-            row |= dict(seconds=seconds, peak_memory=reward.peak_memory(device))
+            row |= dict(weighted_prob=prob, rho=rho, kl=kl, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
+            row |= dict(tokens_per_second=tokens / seconds, peak_memory=reward.peak_memory(device))
             with metrics.open("a") as out:
                 out.write(json.dumps(row) + "\n")
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)

@@ -94,10 +94,10 @@ def distance(a, b) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-def plain_training(model_folder: str, batches: list[list[dict]], power: float, lrs: list[float]):
+def plain_training(model_folder: str, batches: list[list[dict]], lrs: list[float], power=0, clip=None, anchor=0):
     """The whole of stage 3 in its plainest form, in double precision. Returns losses, gradient norms and the model."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64)
+    model, start = (AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     losses, norms = [], []
     for batch, lr in zip(batches, lrs):
@@ -109,10 +109,15 @@ def plain_training(model_folder: str, batches: list[list[dict]], power: float, l
             )
             prompt = tokenizer.encode(question, add_special_tokens=False)
             answer = tokenizer.encode(row["solution"] + "<|im_end|>", add_special_tokens=False)
+            places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
             logp = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
-            for t, token in enumerate(answer):
-                lp = logp[len(prompt) + t - 1, token]
-                total = total - row.get("weight", 1.0) * math.exp(power * lp.item()) * lp
+            ref = start(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1).detach()
+            mean = sum(logp[t, token].item() for t, token in zip(places, answer)) / len(answer)
+            rho = min(max(math.exp(row["align"] - mean), clip[0]), clip[1]) if clip else 1.0
+            for t, token in zip(places, answer):
+                lp = logp[t, token]
+                total = total - row.get("weight", 1.0) * rho * math.exp(power * lp.item()) * lp
+                total = total + anchor * sum(ref[t].exp() * (ref[t] - logp[t]))
                 tokens += 1
         loss = total / tokens
         optimizer.zero_grad()
@@ -127,18 +132,29 @@ def plain_training(model_folder: str, batches: list[list[dict]], power: float, l
 # --- the loss ---
 
 
-@pytest.mark.parametrize("loss", ["sft", "dft"])
-def test_equals_plain_training(tiny_model, tmp_path, monkeypatch, loss):
-    rows = make_rows(7)
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        ({"loss": "sft"}, {}),
+        ({"loss": "dft"}, dict(power=1)),
+        ({"loss": "asft"}, dict(power=1, anchor=0.05)),
+        ({"loss": "rasft"}, dict(power=1, clip=(0.4, 1.2))),
+        ({"loss": "rasft", "power": 0.5, "anchor": 0.3, "rho_low": 0.1}, dict(power=0.5, anchor=0.3, clip=(0.1, 1.2))),
+    ],
+    ids=["sft", "dft", "asft", "rasft", "moved"],
+)
+def test_equals_plain_training(tiny_model, tmp_path, monkeypatch, flags, parts):
+    # ratios below, inside and above the clips, which are reached through what the rows tell of the reference
+    rows = [row | {"align": (-8.0, -2.5, -0.1)[i % 3]} for i, row in enumerate(make_rows(7))]
     data = write(tmp_path / "data.jsonl", rows)
-    flags = dict(model=tiny_model, data=data, loss=loss, steps=4, batch_size=3, lr=1e-3, warmup=0.5, seed=5)
+    flags = dict(model=tiny_model, data=data, steps=4, batch_size=3, lr=1e-3, warmup=0.5, seed=5) | flags
     got = train(monkeypatch, output_dir=tmp_path / "out", micro_batch_tokens=150, head_chunk=7, **flags)
 
     order = [[int(i) for i in sft.np.random.default_rng((5, epoch)).permutation(7)] for epoch in (0, 1)]
     stream = order[0] + order[1]
     batches = [[rows[i] for i in stream[3 * k : 3 * k + 3]] for k in range(4)]
     lrs = [0.5e-3, 1e-3, 1e-3, 0.55e-3]  # two steps of warm-up; the cosine at 0 and half way from 1e-3 to 1e-4
-    losses, norms, model = plain_training(tiny_model, batches, {"sft": 0, "dft": 1}[loss], lrs)
+    losses, norms, model = plain_training(tiny_model, batches, lrs, **parts)
     assert curve(got, "lr") == pytest.approx(lrs, rel=1e-6)
     assert curve(got) == pytest.approx(losses, abs=2e-5)
     assert curve(got, "grad_norm") == pytest.approx(norms, rel=1e-3)
@@ -157,6 +173,23 @@ def test_dft_is_ce_times_probability_with_the_gradient_of_minus_p():
     (-weights * logprobs.exp()).sum().backward()
     assert torch.allclose(got, logprobs.grad)
     assert torch.equal(sft.token_loss(logprobs, weights, 0.0), -weights * logprobs)
+
+
+def test_ratio_is_one_at_the_start_and_moves(tiny_model, tmp_path, monkeypatch):
+    """RASFT's reference is one number a row, rewrite.py's A(y|x); while the model is still the reference, rho = 1."""
+    tokenizer, rows = reward.load_tokenizer(tiny_model), make_rows(6)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    for row in rows:
+        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
+        input_ids, mask = reward.collate([(prompt, reward.response_ids(tokenizer, row["solution"]))], "cpu")
+        row["align"] = reward.token_logprobs(model, input_ids, mask)[0].mean().item()
+    flags = dict(model=tiny_model, data=write(tmp_path / "data.jsonl", rows), steps=5, batch_size=6, lr=1e-2)
+    got = train(monkeypatch, loss="rasft", output_dir=tmp_path / "rasft", **flags)
+    dft = train(monkeypatch, loss="dft", output_dir=tmp_path / "dft", **flags)
+    assert got[0]["rho"] == pytest.approx(1, abs=1e-5)
+    assert got[0]["loss"] == pytest.approx(dft[0]["loss"], rel=1e-5)
+    assert got[0]["grad_norm"] == pytest.approx(dft[0]["grad_norm"], rel=1e-4)
+    assert max(curve(got, "rho")) > 1.1 and curve(dft, "rho") == [1.0] * 5
 
 
 def test_weight_multiplies_the_numerator_only(tiny_model, tmp_path, monkeypatch):
@@ -214,6 +247,24 @@ def test_chunked_head_equals_whole_logits(tiny_model, temperature, cut):
     assert (got_entropy - entropy).abs().max() < 1e-5
     for name, p in model.named_parameters():
         assert (p.grad - expected[name]).abs().max() < 1e-5, name
+
+
+def test_chunked_divergence_equals_whole_logits():
+    """KL(reference || policy), forward and over all of the vocabulary, with its gradient."""
+    torch.manual_seed(0)
+    hidden, head, ref_hidden, ref_head = (torch.randn(n, 16) for n in (11, 40, 11, 40))
+    targets, a, b = torch.randint(0, 40, (11,)), torch.rand(11), torch.rand(11)
+    leaves = [hidden.requires_grad_(), head.requires_grad_()]
+
+    policy, ref = (hidden @ head.T).log_softmax(-1), (ref_hidden @ ref_head.T).log_softmax(-1)
+    plain = torch.nn.functional.kl_div(policy, ref, log_target=True, reduction="none").sum(-1)
+    chosen = policy.gather(-1, targets[:, None])[:, 0]
+    expected = torch.autograd.grad((a * chosen + b * plain).sum(), leaves)
+
+    logprobs, kl = reward.chunked_logprobs(hidden, head, targets, chunk=4, reference=(ref_hidden, ref_head))
+    assert torch.allclose(kl, plain, atol=1e-5) and torch.allclose(logprobs, chosen, atol=1e-5)
+    for got, want in zip(torch.autograd.grad((a * logprobs + b * kl).sum(), leaves), expected):
+        assert torch.allclose(got, want, atol=1e-4)
 
 
 def test_head_is_fp32_for_bf16_states():
@@ -322,6 +373,18 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, processes):
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+def test_anchored_run_is_the_same_on_two_processes(tiny_model, tmp_path, monkeypatch):
+    """ASFT's frozen reference is sharded as well, and its head is needed after its forward has returned."""
+    flags = dict(model=tiny_model, data=write(tmp_path / "data.jsonl", make_rows(7)), steps=4, batch_size=5, lr=3e-3)
+    flags |= dict(loss="asft", anchor=0.5, micro_batch_tokens=120)
+    one = train(monkeypatch, output_dir=tmp_path / "one", **flags)
+    finish(start(flags | {"output_dir": tmp_path / "two"}, 2))
+    two = read_metrics(tmp_path / "two")
+    assert one[0]["kl"] == pytest.approx(0, abs=1e-6) and one[-1]["kl"] > 0.01
+    for name in ("loss", "kl", "grad_norm"):
+        assert curve(two, name) == pytest.approx(curve(one, name), rel=1e-4, abs=1e-6), name
+
+
 def test_finished_run_says_so(straight, tmp_path, monkeypatch, capsys):
     flags, expected = straight
     assert train(monkeypatch, **flags) == expected
@@ -396,6 +459,10 @@ BAD = [
     ({"max_length": 5}, GOOD, ["no row fits", "--max_length"]),
     ({"model": "nowhere"}, GOOD, ["nowhere", "tokenizer"]),
     ({"loss": "mse"}, GOOD, ["--loss", "sft", "dft", "mse"]),
+    ({"loss": "rasft"}, GOOD, ["data.jsonl, line 1", "'align'", "missing"]),
+    ({"power": -1}, GOOD, ["--power", "-1"]),
+    ({"anchor": -1}, GOOD, ["--anchor", "-1"]),
+    ({"rho_low": 2}, GOOD, ["--rho_low", "2"]),
     ({"lr": 0}, GOOD, ["--lr", "0"]),
     ({"lr": "nan"}, GOOD, ["--lr", "nan"]),
     ({"warmup": 1.5}, GOOD, ["--warmup", "1.5"]),
