@@ -3,7 +3,8 @@
 task="map"    the policy M reads problem and expert solution, p(x, y°), and writes a rewrite y. The reward asks whether
               y is right, honest, and natural for the frozen target π: see `reward.judge` and `reward.mapper_reward`.
               (DART, arXiv 2605.26924. Its exact reward is not public; this one is our reconstruction.)
-task="solve"  the policy reads the plain question and is rewarded for a right answer: direct RL, the baseline.
+task="solve"  the policy reads the plain question and is rewarded for a right answer: direct RL, the baseline. Where
+              --hard_cheats are named, an answer that cheats earns nothing, as a rewrite would.
 
 One step is: sync the engine's weights, sample G rollouts for each of `groups` problems, reward them, one update.
 For rollout i with tokens t, engine log-probabilities log π_vllm and N response tokens in all kept groups of all ranks:
@@ -33,7 +34,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,9 +65,7 @@ class Config:
     align: str = "nll"  # nll: sigmoid of the gain in mean log-probability; kl: distance between mapper and target
     kl_beta: float = 0.5  # slope of the kl alignment
     min_fidelity: float = 0.8  # share of the expert's intermediate results that must be kept, in order; 0: off
-    hard_cheats: list[str] = field(
-        default_factory=lambda: list(reward.HARD)
-    )  # each forfeits the reward; "none": none does
+    hard_cheats: list[str] | None = None  # each forfeits the reward; "none": none does; default: all for map, else none
     hard_weight: float = 0.5  # what a hard cheat costs on top
     soft_weight: float = 0.25  # what each soft cheat costs, times its strength in [0, 1]
     # --- update ---
@@ -103,6 +102,8 @@ class Config:
             self.group_size >= 2,
             f"--group_size must be at least 2, got {self.group_size}",
         )
+        if self.hard_cheats is None:
+            self.hard_cheats = list(reward.HARD) if self.task == "map" else []
         self.hard_cheats = [name for name in self.hard_cheats if name != "none"]
         unknown = set(self.hard_cheats) - set(reward.HARD)
         check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
@@ -260,8 +261,12 @@ def add_rewards(rollouts: list[dict], target, tau: float, config: Config, device
     verdicts = reward.verify_all([r["text"] for r in rollouts], [r["row"]["answer"] for r in rollouts])
     if config.task == "solve":
         for r, correct in zip(rollouts, verdicts):
-            r["reward"] = float(correct and r["ended"])
-            r["parts"] = {"correct": float(correct)}
+            row, r["parts"] = r["row"], {"correct": float(correct)}
+            if config.hard_cheats:
+                found = reward.cheats(row["problem"], row["solution"], r["text"], row["answer"])
+                r["parts"] |= {name: found[name] for name in config.hard_cheats}
+            honest = not any(r["parts"][name] for name in config.hard_cheats)
+            r["reward"] = float(correct and r["ended"] and honest)
         return
     for r, correct in zip(rollouts, verdicts):
         row = r["row"]
@@ -317,7 +322,9 @@ def prepare(rows: list[dict], tokenizer, config: Config, rank: int) -> list[dict
 
 def main():
     config = reward.parse_config(Config)
-    fields = {"id": str, "problem": str, "answer": str} | ({"solution": str} if config.task == "map" else {})
+    fields = {"id": str, "problem": str, "answer": str}
+    if config.task == "map" or config.hard_cheats:  # cheats are told by comparison with the expert's text
+        fields["solution"] = str
     rows = reward.read_jsonl(config.data, fields)
     tokenizer = reward.load_tokenizer(config.model)
     if config.task == "map":

@@ -51,6 +51,15 @@ def map_prompt(problem: str, solution: str) -> str:
     )
 
 
+def guided_prompt(problem: str, solution: str) -> str:
+    """Mind the Gap's second attempt: solve the problem again, with the expert's solution in view."""
+    return (
+        f"Problem:\n{problem}\n\nHere is a worked solution, for you alone:\n{solution}\n\n"
+        "Understand it first. Then solve the problem again in your own way, explaining each step, without copying or "
+        "mentioning what you were shown. Put the final answer within \\boxed{}."
+    )
+
+
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """Token ids of one user turn, up to where the assistant starts to speak. Thinking templates are told not to."""
     messages = [{"role": "user", "content": prompt}]
@@ -498,10 +507,11 @@ def fidelity(expert: str, rewrite: str) -> float:
 
 
 _SOURCE = re.compile(
-    r"\b(?:(?:given|provided|original|reference|expert|above|previous|sample|model|teacher)(?:['’]s)?\s+"
+    r"\b(?:(?:given|provided|original|reference|expert|above|previous|sample|model|teacher|worked)(?:['’]s)?\s+"
     r"(?:solution|answer|proof|explanation|reasoning|rewrite)|(?:solution|answer|explanation)\s+(?:above|provided|given)"
     r"|rewritten\s+(?:solution|version|answer)|re(?:writ|phras)\w*\s+(?:of\s+)?(?:the|this|your)\s+solution"
-    r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+solution|paraphras\w+)\b",
+    r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+(?:solution|teacher|expert)"
+    r"|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+)\b",
     re.I,
 )
 _STATED = re.compile(

@@ -123,7 +123,7 @@ def rewrites(world, tiny_model):
     flags += " --max_tokens 30 --max_model_len 200"
     whole, continued = world / "rewritten", world / "continued"
     undisturbed = start("rewrite.py", whole, flags)
-    rows = kill_once_written(start("rewrite.py", continued, flags), continued / "candidates.rank0.jsonl")
+    rows = kill_once_written(start("rewrite.py", continued, flags), continued / "candidates_mapper.rank0.jsonl")
     first = finish(undisturbed)
     scored = [row | {"expert_align": -77.0} for row in read(whole / "scored.jsonl")[110:]]
     part = Path(write(continued / "scored.rank2.jsonl", scored))
@@ -344,10 +344,9 @@ def test_killed_rewriting_goes_on(rewrites):
     assert sorted(p.name for p in continued.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def candidate(text="1+2=3. \\boxed{3}", clean=1.0, align=-1.0, correct=True, finish="stop", **soft) -> dict:
-    return dict(
-        text=text, clean=clean, align=align, correct=correct, finish=finish, **dict.fromkeys(reward.SOFT, 0.0) | soft
-    )
+def candidate(text="1+2=3. \\boxed{3}", clean=1.0, align=-1.0, correct=True, finish="stop", **other) -> dict:
+    told = dict(text=text, clean=clean, align=align, correct=correct, finish=finish, source="mapper", cheating=0.0)
+    return told | dict.fromkeys((*reward.SOFT, *reward.HARD), 0.0) | other
 
 
 def config(**fields) -> rewrite.Config:
@@ -371,16 +370,109 @@ def test_dart_keeps_the_likeliest_clean_rewrite():
     assert (kept["source"], kept["solution"], kept["align"], kept["sample"]) == ("expert", ROW["solution"], -4.0, 0)
 
 
-def test_prompted_rewriting_keeps_the_first_right_one():
-    unfit = [
-        candidate(correct=False),
-        candidate(finish="length"),
-        candidate("\\boxed{3} so \\boxed{3}"),
-        candidate("it is 3"),
+UNFIT = [
+    candidate(correct=False),
+    candidate(finish="length"),
+    candidate("\\boxed{3} so \\boxed{3}"),
+    candidate("it is 3"),
+    candidate(cheating=1.0),
+    candidate(source="guided", mentions_source=1.0),
+]
+
+
+def test_other_methods_keep_a_verified_text():
+    fit = [candidate(align=-9.0, clean=0.0, mentions_source=1.0), candidate(align=-1.0, source="self")]
+    for method in ("map", "self", "resolve"):  # no judge and no likelihood chooses here, unless it is told to
+        (first,) = rewrite.select_verified(ROW, UNFIT + fit, config(method=method))
+        assert (first["sample"], first["source"], first["align"]) == (6, "mapper", -9.0)
+        (kept,) = rewrite.select_verified(ROW, UNFIT, config(method=method))
+        assert (kept["source"], kept["solution"], kept["align"]) == ("expert", ROW["solution"], -4.0)
+        assert rewrite.select_verified(ROW, UNFIT, config(method=method, fallback=False)) == []
+    (best,) = rewrite.select_verified(ROW, UNFIT + fit, config(method="self", keep="likeliest"))
+    assert (best["sample"], best["source"]) == (7, "self")
+    drawn = [
+        rewrite.select_verified(ROW | {"id": str(i)}, UNFIT + fit, config(method="self", keep="random", seed=seed))
+        for seed in (0, 0, 1)
+        for i in range(30)
     ]
-    fit = [candidate(align=-9.0, clean=0.0), candidate(align=-1.0)]  # no judge and no likelihood chooses here
-    assert rewrite.select_map(ROW, unfit + fit, config(method="map"))[0]["sample"] == 4
-    assert rewrite.select_map(ROW, unfit, config(method="map"))[0]["source"] == "expert"
+    samples = [row["sample"] for (row,) in drawn]
+    assert set(samples) == {6, 7} and samples[:30] == samples[30:60] != samples[60:]
+
+
+def test_rasft_weighs_the_expert_against_verified_rollouts():
+    good, bad = candidate(source="self"), candidate(source="self", correct=False)
+
+    def weights(group, **fields):
+        rows = rewrite.select_rasft(ROW, group, config(method="rasft", **fields))
+        assert all(row["solvability"] == group.count(good) / len(group) for row in rows)
+        assert len({(row["source"], row["sample"]) for row in rows}) == len(rows)
+        return [(row["source"], row["sample"], pytest.approx(row["weight"], abs=6e-4)) for row in rows]
+
+    # every trial has the same say
+    assert weights([bad, bad, bad]) == [("expert", 0, 1.0)]
+    assert weights([bad, good, bad]) == [("expert", 0, 0.667), ("self", 1, 0.333)]
+    assert weights([good, good, bad]) == [("expert", 0, 0.333), ("self", 0, 0.333), ("self", 1, 0.333)]
+    assert weights([good, good, good]) == [("self", 0, 0.333), ("self", 1, 0.333), ("self", 2, 0.333)]
+    # what the authors' code gives
+    assert weights([bad, bad, bad], weights="released") == [("expert", 0, 1.0)]
+    assert weights([bad, good, bad], weights="released") == [("expert", 0, 0.278), ("self", 1, 0.0087)]
+    told = [("expert", 0, 0.155), ("self", 0, 0.005), ("self", 1, 0.005)]
+    assert weights([good, good, bad], weights="released") == told
+    assert weights([good, good, good], weights="released") == [("expert", 0, 1.0)]
+    # a row that nobody wrote for
+    assert rewrite.select_rasft(ROW, [], config(method="rasft")) == [rewrite.expert_row(ROW)]
+
+
+def test_default_filter_is_darts_alone():
+    assert config().hard_cheats == list(reward.HARD) and config(hard_cheats=["none"]).hard_cheats == []
+    for method in ("map", "self", "resolve", "rasft"):
+        assert config(method=method).hard_cheats == []
+        assert config(method=method, hard_cheats=["hedged"]).hard_cheats == ["hedged"]
+
+
+def test_mind_the_gap_goes_on_where_the_model_fails(world, tiny_model):
+    """Two processes: own solutions for all, guided ones for problems without a verified own one, then the expert."""
+    folder = world / "resolved"
+    flags = f"--method resolve --target {tiny_model} --data {world}/demos.jsonl --samples 2 --temperature 1.5"
+    flags += " --limit 60 --max_tokens 30 --max_model_len 200 --keep likeliest"
+    printed = finish(start("rewrite.py", folder, flags, processes=2))
+    scored, train = read(folder / "scored.jsonl"), {row["id"]: row for row in read(folder / "train.jsonl")}
+    assert len(scored) == len(train) == 60
+    for row in scored:
+        own, guided = ([c for c in row["candidates"] if c["source"] == source] for source in ("self", "guided"))
+        assert len(own) == 2 and len(guided) == (0 if any(map(rewrite.verified, own)) else 2)
+        assert [c["text"] for c in own] != [c["text"] for c in guided]  # another prompt, other seeds
+        good = [c["align"] for c in row["candidates"] if rewrite.verified(c)]
+        chosen = train[row["id"]]
+        assert chosen["align"] == (max(good) if good else row["expert_align"])
+        assert (chosen["source"] == "expert") == (not good)
+    sources = [row["source"] for row in train.values()]
+    told = json.loads((folder / "metrics.jsonl").read_text())
+    for source in ("self", "guided", "expert"):
+        assert sources.count(source) > 0  # else this test shows nothing
+        assert told[f"source/{source}"] == pytest.approx(sources.count(source) / 60)
+        assert f"source/{source}" in printed
+    assert not list(folder.glob("candidates*"))
+
+
+def test_rasft_rolls_out_a_share_with_the_current_model(world, tiny_model):
+    folder = world / "rolled"
+    flags = f"--method rasft --target {tiny_model} --mapper {world}/other --data {world}/demos.jsonl --samples 3"
+    finish(start("rewrite.py", folder, f"{flags} --share 0.5 --limit 60 --max_tokens 30 --max_model_len 200"))
+    scored, train = read(folder / "scored.jsonl"), read(folder / "train.jsonl")
+    asked = {row["id"] for row in scored if row["candidates"]}
+    assert 15 < len(asked) < 45
+    for row in scored:
+        rows = [r for r in train if r["id"] == row["id"]]
+        assert sum(r["weight"] for r in rows) == pytest.approx(1)
+        assert (row["id"] in asked) == ("solvability" in rows[0])
+        right = [c["text"] for c in row["candidates"] if rewrite.verified(c)]
+        assert [r["solution"] for r in rows if r["source"] == "self"] == right
+    told = json.loads((folder / "metrics.jsonl").read_text())
+    assert 0 < told["weight/self"] < 1 and told["weight/self"] + told["weight/expert"] == pytest.approx(1)
+    # sft.py takes them all: a problem may stand several times
+    sft_rows = reward.read_jsonl(str(folder / "train.jsonl"), {"align": float}, ("id", "source", "sample"))
+    assert len(sft_rows) == len(train) > len(scored)
 
 
 def test_judged_candidates():
@@ -392,7 +484,7 @@ def test_judged_candidates():
     ]
 
     def clean(**fields) -> list[float]:
-        judged = rewrite.judge(row, raw, config(**fields))
+        judged = rewrite.judge(row, raw, "mapper", config(**fields))
         assert [c["correct"] for c in judged] == [True, True, False, True]
         return [c["clean"] for c in judged]
 
@@ -467,6 +559,9 @@ def test_bad_flags_and_models(tmp_path, tiny_model, monkeypatch, capsys):
     for flags, *named in (
         (f"{good} --method polish", "--method", "polish", "dart"),
         (f"{good} --hard_cheats hedged lying", "--hard_cheats", "lying"),
+        (f"{good} --keep best", "--keep", "best"),
+        (f"{good} --weights mine", "--weights", "mine"),
+        (f"{good} --share 0", "--share", "0"),
         (f"{good} --sample 3", "unknown flag", "--sample"),
         (f"{good} --min_fidelity 1.5", "--min_fidelity", "1.5"),
         (f"{good} --mapper {other}", str(other), tiny_model, "tokenizer"),

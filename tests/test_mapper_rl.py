@@ -381,6 +381,21 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
         assert [r["reward"] for r in others] == [0, -0.7, -0.7, 0, 0]
 
 
+def test_direct_rl_rewards_right_answers_and_cheats_only_where_told_to_look():
+    row = dict(problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7")
+    texts = ["1+2=3. 3+4=7. \\boxed{7}", "1+2=4. 4+4=7. \\boxed{7}", "\\boxed{7}", "1+2=3. 3+4=8. \\boxed{8}"]
+    rollouts = [dict(row=row, text=text, ended=ended) for ended in (True, False) for text in texts]
+    config = make_config(task="solve")
+    assert config.hard_cheats == [] and make_config(task="map").hard_cheats == list(reward.HARD)
+    mapper_rl.add_rewards(rollouts, None, 0.0, config, None)
+    assert [r["reward"] for r in rollouts] == [1, 1, 1, 0] + [0] * 4
+    assert [r["parts"] for r in rollouts[:4]] == [{"correct": c} for c in (1, 1, 1, 0)]
+    mapper_rl.add_rewards(rollouts, None, 0.0, make_config(task="solve", hard_cheats=list(reward.HARD)), None)
+    assert [r["reward"] for r in rollouts] == [1, 0, 0, 0] + [0] * 4
+    assert [r["parts"]["false_arithmetic"] for r in rollouts[:4]] == [0, 1, 0, 1]
+    assert rollouts[2]["parts"]["no_reasoning"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole runs
 # ---------------------------------------------------------------------------------------------------------------------
