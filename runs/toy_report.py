@@ -2,9 +2,9 @@
 
     python runs/toy_report.py [out/toy]
 
-An arm's seconds and generated tokens are those of all its stages: training the mapper, rewriting, fine-tuning.
-Intervals are over seeds (t distribution, differences paired by seed); with one seed there is none, and the table says
-so.
+It tells of the arms that every seed has: those of runs/toy.sh, and those of runs/compare.sh where it was run. An arm's
+costs are those of all its stages: training the mapper, rewriting, fine-tuning. Intervals and p are over seeds (t
+distribution, differences paired by seed; p is not corrected for the number of arms); with one seed there are none.
 """
 
 import json
@@ -19,16 +19,34 @@ from toy_world import steps_right, style
 
 import reward
 
+ROUNDS = range(1, 5)  # of RASFT, in runs/compare.sh
 ARMS = {  # arm -> its stages
     "base": [],
     "sft": ["sft/sft"],
+    "sft_half_temperature": ["sft/sft"],
+    "dft": ["dft/sft"],
+    "asft": ["asft/sft"],
+    "rft": ["rft/rewrite", "rft/sft"],
+    "rft_dft": ["rft/rewrite", "rft_dft/sft"],
+    "rft_filtered": ["rft_filtered/rewrite", "rft_filtered/sft"],
+    "mtg": ["mtg/rewrite", "mtg/sft"],
+    "mtg_dft": ["mtg/rewrite", "mtg_dft/sft"],
+    "mtg_filtered": ["mtg_filtered/rewrite", "mtg_filtered/sft"],
+    "rasft": [f"rasft/{stage}-{r}" for r in ROUNDS for stage in ("rewrite", "sft")],
+    "rasft_filtered": [f"rasft_filtered/{stage}-{r}" for r in ROUNDS for stage in ("rewrite", "sft")],
     "prompted": ["prompted/rewrite", "prompted/sft"],
     "dart": ["dart/mapper", "dart/rewrite", "dart/sft"],
+    "dart_dft": ["dart/mapper", "dart/rewrite", "dart_dft/sft"],
     "grpo": ["grpo/solve"],
+    "grpo_filtered": ["grpo_filtered/solve"],
     "oracle": ["oracle/sft"],
 }
+EVALUATIONS = ("eval", "eval-compare", "eval-half")
 SUITES = ["in_distribution", "shorter", "longer", "reworded"]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t quantiles, by number of seeds
+
+
+# --- reading what the stages wrote ---
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -36,42 +54,60 @@ def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def generated(folder: Path) -> int:
-    """Tokens that a stage let a model generate: its last running total (fine-tuning generates none)."""
-    rows = metrics(folder)
-    return rows[-1].get("generated_tokens", 0) if rows else 0
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def accuracies(seed: Path, model: str, evaluation: str = "eval") -> dict[str, float]:
-    benchmarks = json.loads((seed / evaluation / model / "summary.json").read_text())["benchmarks"]
-    return {suite: benchmarks[suite]["avg@n"]["value"] for suite in SUITES}
+def mean_of(rows: list[dict], name: str) -> float:
+    """Mean of what the rows have of a name; nan if they have nothing."""
+    values = [row[name] for row in rows if name in row]
+    return float(np.mean(values)) if values else float("nan")
 
 
-def interval(values: list[float]) -> str:
-    """mean ± half of the 95% interval over seeds."""
-    if len(values) not in T95:
-        return f"{np.mean(values):+.1f} (no interval: {len(values)} seed)"
-    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):+.1f} ± {half:.1f}"
+def accuracies(seed: Path, model: str, evaluations: tuple[str, ...] = EVALUATIONS) -> dict[str, float] | None:
+    """avg@n on each suite, if this seed's model was evaluated."""
+    for evaluation in evaluations:
+        path = seed / evaluation / model / "summary.json"
+        if path.exists():
+            benchmarks = json.loads(path.read_text())["benchmarks"]
+            return {suite: benchmarks[suite]["avg@n"]["value"] for suite in SUITES}
 
 
-def spread(values: list[float]) -> str:
-    """mean ± standard deviation over seeds, in percent."""
-    deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.1f}{deviation}"
+def costs(seed: Path, stages: list[str]) -> dict[str, float]:
+    """Wall-clock seconds, in all and of generation (grading and scoring included), tokens, bytes a process."""
+    told = {"seconds": 0, "generation_seconds": 0.0, "generated_tokens": 0, "peak_memory": 0}
+    for stage in stages:
+        rows, seconds = metrics(seed / stage), int((seed / stage / "seconds").read_text())
+        told["seconds"] += seconds
+        if "/rewrite" in stage:
+            told["generation_seconds"] += seconds
+        else:
+            told["generation_seconds"] += sum(r.get(f"seconds_{p}", 0.0) for r in rows for p in ("rollout", "reward"))
+        told["generated_tokens"] += rows[-1].get("generated_tokens", 0)
+        told["peak_memory"] = max([told["peak_memory"], *(row.get("peak_memory", 0) for row in rows)])
+    return told
+
+
+def data_of(seed: Path, stages: list[str]) -> dict[str, float]:
+    """Share of each source (by weight) and mean log-probability under the target of what an arm was trained on."""
+    rewriting = [stage for stage in stages if "/rewrite" in stage][-1:]  # RASFT: its last round
+    if rewriting:
+        told = metrics(seed / rewriting[0])[-1]
+        return {"align": told["align"]} | {k: v for k, v in told.items() if k.startswith("weight/")}
+    told = metrics(seed / "prompted/rewrite")[-1]  # which has scored the expert's texts
+    return {"align": told["expert_align"], "weight/expert": 1.0}
 
 
 def oracle_alignment(seed: Path) -> float:
     """A(y|x) of the native solutions under the base model, which no method here sees."""
-    rows = [json.loads(line) for line in (seed / "world/oracle.jsonl").read_text().splitlines()]
+    import torch
+
     base = str(seed / "world/base")
     tokenizer = reward.load_tokenizer(base)
     pairs = [
         (reward.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), reward.response_ids(tokenizer, r["solution"]))
-        for r in rows
+        for r in read_rows(seed / "world/oracle.jsonl")
     ]
-    import torch
-
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = reward.load_model(base, device, train=False)
     return float(np.mean([s.mean().item() for s in reward.score(model, pairs, 4096, device)]))
@@ -80,27 +116,53 @@ def oracle_alignment(seed: Path) -> float:
 def dart_checks(arm: Path) -> dict[str, float]:
     """What a mapper learnt, and whether its texts are honest by the world's own checker."""
     steps = metrics(arm / "mapper")
-    first, last = steps[0], steps[-5:]
-    rows = [json.loads(line) for line in (arm / "rewrite/train.jsonl").read_text().splitlines()]
+    first, last = steps[:1], steps[-5:]
+    rows = read_rows(arm / "rewrite/train.jsonl")
     mapped = [r for r in rows if r["source"] == "mapper"]
     right = [r for r in mapped if steps_right(r["problem"], r["solution"])]
-
-    def end(name: str) -> float:
-        return float(np.mean([row[name] for row in last if name in row]))
-
     return {
         "rows from the mapper": len(mapped) / len(rows),
         "rows from the mapper and right in every step": len(right) / len(rows),
         "rows in native style": float(np.mean([style(r["solution"]) == "native" for r in rows])),
-        "gate rate, first step": first["gate"],
-        "gate rate, last 5 steps": end("gate"),
-        "gate rate less hard cheats, first step": first["clean"],
-        "gate rate less hard cheats, last 5 steps": end("clean"),
-        "A(y°), expert's text": float(np.mean([r["expert_align"] for r in rows])),
-        "A(y), first step": first["A"],
-        "A(y), last 5 steps": end("A"),
-        "A of the training set": float(np.mean([r["align"] for r in rows])),
+        "gate rate, first step": mean_of(first, "gate"),
+        "gate rate, last 5 steps": mean_of(last, "gate"),
+        "gate rate less hard cheats, first step": mean_of(first, "clean"),
+        "gate rate less hard cheats, last 5 steps": mean_of(last, "clean"),
+        "A(y°), expert's text": mean_of(rows, "expert_align"),
+        "A(y), first step": mean_of(first, "A"),
+        "A(y), last 5 steps": mean_of(last, "A"),
+        "A of the training set": mean_of(rows, "align"),
     }
+
+
+# --- telling it ---
+
+
+def p_value(values: list[float]) -> float:
+    """Two-sided t test of mean 0 over seeds."""
+    import mpmath
+
+    n, deviation = len(values), np.std(values, ddof=1)
+    t2 = float(len(values) * np.mean(values) ** 2 / max(deviation**2, 1e-30))
+    return float(mpmath.betainc((n - 1) / 2, 0.5, 0, (n - 1) / (n - 1 + t2), regularized=True))
+
+
+def interval(values: list[float]) -> str:
+    """mean ± half of the 95% interval over seeds, p."""
+    if len(values) not in T95:
+        return f"{np.mean(values):+.1f} (no interval: {len(values)} seed)"
+    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{np.mean(values):+.1f} ± {half:.1f}, p {p_value(values):.3f}"
+
+
+def spread(values: list[float]) -> str:
+    """mean ± standard deviation over seeds, in percent."""
+    deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{deviation}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def main():
@@ -113,12 +175,16 @@ def main():
     arms: dict = {}
     for arm, stages in ARMS.items():
         scores = [accuracies(seed, arm) for seed in seeds]
+        if None in scores:
+            continue
+        spent = [costs(seed, stages) for seed in seeds]
         arms[arm] = {
             "suites": {suite: [s[suite] for s in scores] for suite in SUITES},
             "average": [float(np.mean(list(s.values()))) for s in scores],
-            "seconds": [sum(int((seed / s / "seconds").read_text()) for s in stages) for seed in seeds],
-            "generated_tokens": [sum(generated(seed / s) for s in stages) for seed in seeds],
+            **{name: [s[name] for s in spent] for name in spent[0]},
         }
+        if stages and arm != "oracle" and "solve" not in stages[0]:
+            arms[arm]["data"] = [data_of(seed, stages) for seed in seeds]
     curves = []
     for seed in seeds:
         rows = {row["step"]: row for row in metrics(seed / "grpo/solve")}
@@ -133,47 +199,60 @@ def main():
     for path in sorted(seeds[0].glob("eval-ablation/*/summary.json")):
         name = path.parent.name
         told = dart_checks(seeds[0] / ("dart" if name == "dart" else f"ablation/{name}"))
-        average = float(np.mean(list(accuracies(seeds[0], name, "eval-ablation").values())))
-        ablations[name] = {"average": average, **told}
+        average = float(np.mean(list(accuracies(seeds[0], name, ("eval-ablation",)).values())))
+        ablations[name] = {"average accuracy": average, **told}
 
     # --- 2. write ---
     average = {arm: np.array(told["average"]) for arm, told in arms.items()}
-    lines = [
-        f"# Toy world, {len(seeds)} seed(s): {', '.join(seed.name for seed in seeds)}",
-        "",
+    names = ", ".join(seed.name for seed in seeds)
+    lines = [f"# Toy world, {len(seeds)} seed(s): {names}", ""]
+    lines += [
         "Accuracy in % (4 samples a problem at temperature 1; mean ± standard deviation over seeds); difference to SFT "
-        "in points with its 95% interval over seeds.",
+        "in points, with its 95% interval and p over seeds (t, paired; not corrected for the number of arms).",
         "",
-        "| arm | " + " | ".join(SUITES) + " | average | minus SFT | seconds | generated tokens |",
-        "|---" * (len(SUITES) + 5) + "|",
     ]
+    rows = []
     for arm, told in arms.items():
         cells = [spread(told["suites"][suite]) for suite in SUITES] + [spread(told["average"])]
-        cells += ["" if arm == "sft" else interval(list(100 * (average[arm] - average["sft"])))]
-        cells += [f"{np.mean(told['seconds']):.0f}", f"{np.mean(told['generated_tokens']):,.0f}"]
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        rows.append([arm, *cells, "" if arm == "sft" else interval(list(100 * (average[arm] - average["sft"])))])
+    lines += table(["arm", *SUITES, "average", "minus SFT"], rows)
     gain = (average["dart"] - average["sft"]).mean() / (average["oracle"] - average["sft"]).mean()
-    lines += ["", f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
+    lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
     lines += [
-        "| what the mapper learnt | " + " | ".join(seed.name for seed in seeds) + " |",
-        "|---" * (1 + len(seeds)) + "|",
+        "What it cost (seconds by the clock, start of the processes included; generation with grading and scoring; "
+        "memory of the largest training process), what it was trained on (share of the loss, mean log-probability under "
+        "the base; RASFT: its last round) and what it forgot (shorter problems, points against the base):",
+        "",
     ]
-    lines += [f"| {name} | " + " | ".join(f"{c[name]:.3f}" for c in checks) + " |" for name in checks[0]]
-    lines += ["", "Direct GRPO over time (average accuracy; DART's total is in the table above):", ""]
-    lines += ["| seed | step | seconds | generated tokens | average |", "|---|---|---|---|---|"]
-    for c in curves:
-        told = f"{c['seconds']:.0f} | {c['generated_tokens']:,} | {100 * c['average']:.1f}"
-        lines.append(f"| {c['seed']} | {c['step']} | {told} |")
+    rows = []
+    for arm, told in arms.items():
+        data = told.get("data", [])
+        shares = {k.removeprefix("weight/"): mean_of(data, k) for k in (data[0] if data else {}) if k != "align"}
+        forgot = 100 * (np.mean(told["suites"]["shorter"]) - np.mean(arms["base"]["suites"]["shorter"]))
+        cells = [f"{np.mean(told['seconds']):.0f}", f"{np.mean(told['generation_seconds']):.0f}"]
+        cells += [f"{np.mean(told['generated_tokens']):,.0f}", f"{max(told['peak_memory']) / 2**20:,.0f} MiB"]
+        cells += [", ".join(f"{k} {100 * v:.0f}%" for k, v in shares.items())]
+        cells += [f"{mean_of(data, 'align'):.2f}" if data else "", f"{forgot:+.1f}"]
+        rows.append([arm, *cells])
+    head = ["seconds", "of generation", "generated tokens", "memory", "sources", "A of its text", "shorter, minus base"]
+    lines += table(["arm", *head], rows)
+    rows = [[name, *(f"{c[name]:.3f}" for c in checks)] for name in checks[0]]
+    lines += table(["what the mapper learnt", *(seed.name for seed in seeds)], rows)
+    lines += ["Direct GRPO over time (average accuracy; DART's total is in the table above):", ""]
+    rows = [
+        [c["seed"], str(c["step"]), f"{c['seconds']:.0f}", f"{c['generated_tokens']:,}", f"{100 * c['average']:.1f}"]
+        for c in curves
+    ]
+    lines += table(["seed", "step", "seconds", "generated tokens", "average"], rows)
     if ablations:
-        lines += ["", f"One part of the reward changed at a time ({seeds[0].name} alone):", ""]
-        lines += ["| | " + " | ".join(ablations) + " |", "|---" * (1 + len(ablations)) + "|"]
-        for name in next(iter(ablations.values())):
-            lines.append(f"| {name} | " + " | ".join(f"{told[name]:.3f}" for told in ablations.values()) + " |")
-    table = "\n".join(lines) + "\n"
-    reward.write_text(out / "report.md", table)
+        lines += [f"One part of the reward changed at a time ({seeds[0].name} alone):", ""]
+        rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
+        lines += table(["", *ablations], rows)
+    text = "\n".join(lines)
+    reward.write_text(out / "report.md", text)
     data = {"arms": arms, "grpo_curve": curves, "dart": checks, "ablations": ablations}
     reward.write_text(out / "report.json", json.dumps(data, indent=1))
-    print(f"\n{table}\nwrote {out / 'report.md'} and {out / 'report.json'}")
+    print(f"\n{text}\nwrote {out / 'report.md'} and {out / 'report.json'}")
     dist.destroy_process_group()
 
 
