@@ -220,7 +220,7 @@ def main():
     lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
     lines += [
         "What it cost (seconds by the clock, start of the processes included; generation with grading and scoring; "
-        "memory of the largest training process), what it was trained on (share of the loss, mean log-probability under "
+        "memory of the largest training process), what it learnt from (share of the loss, mean log-probability under "
         "the base; RASFT: its last round) and what it forgot (shorter problems, points against the base):",
         "",
     ]

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# How the learning rates and steps in runs/toy.sh were chosen: one grid for every arm that fine-tunes, equal trials for
-# both RL runs, on seed 100, which no result uses, by accuracy on the validation split (all suites mixed).
+# How the learning rates and steps in runs/toy.sh and runs/compare.sh were chosen: one grid for every arm that
+# fine-tunes, equal trials for both RL runs, on seed 100, which no result uses, by accuracy on the validation split (all
+# suites mixed).
 #
-#   bash runs/tune.sh             # about an hour on two cores; the tables are kept as out/tune/table.md
+#   bash runs/tune.sh             # the arms of runs/toy.sh: about an hour on two cores
+#   COMPARE=1 bash runs/tune.sh   # and those of runs/compare.sh: more than another hour
 #
+# The tables are kept as out/tune/table.md. What is finished is skipped when it is started again.
 # It starts with the acceptance of the world by the arms that know no mapper: base, SFT on the expert's text, SFT on
 # native text, on all four suites. The world was frozen on that table; what comes after it must not change it.
 set -euo pipefail
@@ -26,14 +29,14 @@ evaluate() {
     stage "$folder" evaluate.py --models "${@:2}" --benchmarks "${benchmarks[@]}" --samples 4 --greedy False \
         --max_tokens 128 --max_model_len 384
 }
-# grid ARM DATA: fine-tunes with every learning rate and number of steps, and scores the models on the validation split.
+SFT=(--model "$BASE" --batch_size 32 --warmup 0.1 --micro_batch_tokens 4096)
+# grid ARM DATA LOSS...: fine-tunes with every learning rate and number of steps; scores them on the validation split.
 grid() {
     local models=() lr steps name
     for lr in "${LRS[@]}"; do
         for steps in "${STEPS[@]}"; do
             name="$1-$lr-$steps"
-            stage "$OUT/sft/$name" sft.py --model "$BASE" --data "$2" --lr "$lr" --steps "$steps" --batch_size 32 \
-                --warmup 0.1 --micro_batch_tokens 4096
+            stage "$OUT/sft/$name" sft.py "${SFT[@]}" --data "$2" --lr "$lr" --steps "$steps" "${@:3}"
             models+=("$name=$OUT/sft/$name/model")
         done
     done
@@ -59,9 +62,9 @@ REWRITE=(--target "$BASE" --data "$WORLD/demos.jsonl" --samples 8 --max_tokens 1
 evaluate "$OUT/eval" validation -- base="$BASE"
 grid sft "$WORLD/demos.jsonl"
 grid oracle "$WORLD/oracle.jsonl"
-SFT=$(best sft) ORACLE=$(best oracle)
+IMITATION=$(best sft) ORACLE=$(best oracle)
 evaluate "$OUT/acceptance" in_distribution shorter longer reworded -- \
-    base="$BASE" "$SFT=$OUT/sft/$SFT/model" "$ORACLE=$OUT/sft/$ORACLE/model"
+    base="$BASE" "$IMITATION=$OUT/sft/$IMITATION/model" "$ORACLE=$OUT/sft/$ORACLE/model"
 
 # --- the other arms ---
 stage "$OUT/prompted" rewrite.py --method map "${REWRITE[@]}"
@@ -83,6 +86,31 @@ PY
 )
 stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
 grid dart "$OUT/dart/train.jsonl"
+
+# --- the arms of runs/compare.sh ---
+if [ -n "${COMPARE:-}" ]; then
+    for loss in dft asft; do grid "$loss" "$WORLD/demos.jsonl" --loss "$loss"; done
+    stage "$OUT/rft" rewrite.py --method self --fallback False "${REWRITE[@]}"
+    stage "$OUT/mtg" rewrite.py --method resolve "${REWRITE[@]}"
+    grid rft "$OUT/rft/train.jsonl"
+    grid mtg "$OUT/mtg/train.jsonl"
+    for arm in rft mtg dart; do grid "${arm}_dft" "$OUT/$arm/train.jsonl" --loss dft; done
+    MODELS=()
+    for lr in "${LRS[@]}"; do
+        for steps in "${STEPS[@]}"; do
+            name="rasft-$lr-$steps" model="$BASE" before=()
+            for round in 1 2 3 4; do
+                folder="$OUT/rasft/$name-$round"
+                stage "$folder/rewrite" rewrite.py --method rasft --mapper "$model" "${REWRITE[@]}" --seed "$round"
+                stage "$folder/sft" sft.py --loss rasft "${SFT[@]}" --data "$folder/rewrite/train.jsonl" --lr "$lr" \
+                    --steps $((steps / 4)) --schedule_steps "$steps" "${before[@]}"
+                model="$folder/sft/model" before=(--start_from "$folder/sft")
+            done
+            MODELS+=("$name=$model")
+        done
+    done
+    evaluate "$OUT/eval" validation -- "${MODELS[@]}"
+fi
 
 # --- the tables ---
 .venv/bin/python - "$OUT" "$MAPPER" <<'PY'
