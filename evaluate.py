@@ -35,11 +35,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import reward
+import numpy as np
+import torch.distributed as dist
 
-if __name__ != "__mp_main__":  # grading workers re-import this file and need neither
-    import numpy as np
-    import torch.distributed as dist
+import reward
 
 RESAMPLES = 2000  # bootstrap resamples; the smallest p that can be seen is 1 / RESAMPLES
 FLUSH_ROWS, FLUSH_SECONDS = 64, 5.0  # finished rows are graded and flushed when there are so many, or after so long

@@ -38,12 +38,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 import reward
-
-if __name__ != "__mp_main__":  # grading workers re-import this file and need no torch
-    import torch
-    import torch.distributed as dist
 
 
 @dataclass

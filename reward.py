@@ -17,7 +17,6 @@ import this file afresh, and a grader that first loads torch starts seconds late
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
 import functools
 import inspect
@@ -26,6 +25,7 @@ import math
 import os
 import re
 import sys
+import threading
 import typing
 import zlib
 from fractions import Fraction
@@ -115,19 +115,33 @@ def used_vocabulary(tokenizer) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Answers. Finding the answer is ours; plain numbers and equal strings are compared here, at once and exactly; what
-#    is left goes to math-verify, which may hang: only ever in worker processes, which are killed when time is up.
+#    is left goes to math-verify, which may hang: only ever in worker processes, which die when their time is up.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SECONDS = 5  # for one comparison by math-verify
+SECONDS, MEMORY = 5, 4 << 30  # for one comparison by math-verify
 LONGEST, BRACKETS = 400, 40  # characters and opened brackets of an answer; what has more is wrong without a look
-FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that were killed, or in which math-verify failed
+FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that outlasted their time, or in which math-verify failed
+_LOCAL = threading.local()  # this thread's worker
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=(\{|$))")
 _NUMBER = r"[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\})[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 _TAGS = (r"<answer>(.{0,400}?)</answer>", r"####[ \t]*([^\n]+)")
 _PHRASE = r"(?i)\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?=[:\s]*((?:[^\n.]|\.(?=\d)){1,400}))"  # also inside another
 _SPAN = r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}$"  # with no number after it
-_PLAIN = re.compile(rf"([+-]?)({_NUMBER})(?:/(\d+))?")
+_WORD = re.compile(r"(?<![\\A-Za-z{])(?!(?:sin|cos|tan|log|ln|or|and)\b)[A-Za-z]{2,}")  # no command, not \text{...}
+_PLAIN = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, 1.5e3, 1.5\times 10^{3}
+    rf"(?P<sign>[+-]?)\s?(?:(?P<whole>\d+)(?:\s|(?=\\)))?(?:(?P<number>{_NUMBER})(?:/(?P<under>\d+))?"
+    r"|\\frac\{(?P<above>\d+)\}\{(?P<below>\d+)\})"
+    r"(?:(?:[eE]|\s?\\times\s?10\^)\{?(?P<power>[+-]?\d{1,3})\}?)?"
+)
+_COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked out: 99999999!, 9^{99999}, 9^{9^{9}}
+    r"\d{4,}\s*[})]*!|\^\s*\{?\s*[-+]?\d{5,}|\\[dt]?binom\s*\{?\s*\d{5,}|\^\s*\{?\s*\d+\s*\^\s*\{?\s*(?:[5-9]|\d\d)"
+)
+_UNITS = (  # dropped behind a number; single letters are variables; else only a plural is one, if it names no quantity
+    r"degrees?|dollars?|cents?|percent|units?|(?:square|cubic) [a-z]+|[cmk]m|[km]g|m[lL]|feet|foot|ft|inch|mph|lbs?|oz"
+    r"|hour|minute|second|day|week|month|year|mile|meter|gram|pound|dollar|people"
+    r"|(?!hal|thir|quart|[a-z]+th|hundr|thous|[a-z]+illion|dozen|time|pair|percent|is|was|has|less|plus|minus)[a-z]{2,}s"
+)
 _OPTION = re.compile(
     r"\W*([A-J]|[a-j](?=\W*$))(?![\w'])(?!\s*[*/^=_+\d]|\s*(?:or|and|&|,)\W*[A-Ja-j]\b)"
 )  # B, (B) 300, not B or C
@@ -139,10 +153,13 @@ _REWRITES = [  # of an answer, in this order: spellings that mean the same
         (r"\{,\}", ","),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),
-        (r"(?<=[\d}])\s*\\(?:text|textbf|mathrm|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 17\text{ cm}^2
-        (r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}", r"\1"),
+        (r"(?<=[\d}])\s*\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 17\text{ cm}^2
+        (r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\{([^{}]*)\}", r"\1"),
+        (rf"(?<=[\d}}])\s*(?:{_UNITS})(?:\^\{{?\d\}}?)?$", ""),
+        (r"(?<=[\d}\w)])\s*,?\s+(?:and|or)\s+(?=\S)", ","),
         (r"\\?%$|[.\s]+$|^[\s+]+", ""),
         (r"\s+", " "),
+        (r"(?<=\d)\s?:\s?(?=\d)", ":"),
         (r"^\(([A-Za-z])\)$", r"\1"),
     )
 ]
@@ -166,7 +183,8 @@ def boxes(text: str) -> list[tuple[int, int, str | None]]:
 
 
 def extract_answer(completion: str) -> str | None:
-    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last number.
+    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last formula, the whole
+    of a short text that is no prose, the last number.
 
     A box that is empty or never closed is no answer, and no number inside it becomes one.
     """
@@ -177,23 +195,43 @@ def extract_answer(completion: str) -> str | None:
             return found[-1].strip() or None
     if found := re.search(_SPAN, completion, re.S):
         return found[found.lastindex].strip() or None
+    words = _WORD.findall(completion[:101])
+    bare = sum(map(len, words)) < 4 or (len(words) < 3 and not re.search(r"\d", completion))
+    if bare and len(completion) <= 100 and re.fullmatch(r"[^=\n]*|\W*[A-Za-z]\w?\s*=[^=\n]*", completion):
+        return completion.strip() or None  # nothing but an expression, or a word or two
     found = re.findall(rf"(?:(?<![\w)])-)?\$?(?:{_NUMBER})(?:/\d+)?", completion)
     return found[-1] if found else None
 
 
 def _normal(answer: str) -> str:
-    """The answer in one spelling."""
-    for pattern, by in _REWRITES:
+    """The answer in one spelling; what is too long for one stays as it is."""
+    for pattern, by in _REWRITES if len(answer) <= LONGEST else ():
         answer = pattern.sub(by, answer.strip())
     return answer
 
 
 def _rational(answer: str) -> Fraction | None:
-    """The exact value of a plain number: 7, -1,234.50, 3/4."""
-    match = _PLAIN.fullmatch(answer.replace(" ", ""))
-    if not match or len(answer) > LONGEST or (match[3] and not int(match[3])):
+    """The exact value of a plain number, in any spelling of _PLAIN."""
+    if len(answer) > LONGEST or not (match := _PLAIN.fullmatch(answer)):
         return None
-    return Fraction(match[1] + re.sub(r"[^0-9.]", "", match[2])) / int(match[3] or 1)
+    part = match.groupdict()
+    above, below = part["number"] or part["above"], int(part["under"] or part["below"] or 1)
+    if not below or (part["whole"] and below == 1):  # 1/0; "1 3" is two numbers
+        return None
+    value = Fraction(re.sub(r"[^0-9.]", "", above)) / below + int(part["whole"] or 0)
+    return value * Fraction(10) ** int(part["power"] or 0) * (-1 if part["sign"] == "-" else 1)
+
+
+def _rounds(decimal: str, fraction: Fraction) -> bool:
+    """Whether a decimal of six places or more is what a fraction without end, cut or rounded, looks like: 0.083333."""
+    places = len(decimal.partition(".")[2])
+    endless = fraction.denominator != 1 and 10**LONGEST % fraction.denominator
+    return places >= 6 and bool(endless) and abs(_rational(decimal) - fraction) * 10**places < 1
+
+
+def _letters(answer: str) -> bool:
+    """Whether letters stand in it that are no command, no e or i, and not the name in front of x = 5."""
+    return bool(re.search("[A-Za-z]", re.sub(r"^[A-Za-z]\w?\s*=|\\[A-Za-z]+|\b[ei]\b", "", answer)))
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
@@ -207,24 +245,38 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     if answer == gold:
         return True
     left, right = _rational(answer), _rational(gold)
-    if left is not None and right is not None:
-        return left == right  # exactly: no tolerance
+    if left is not None and right is not None:  # exactly: no tolerance, but for a fraction that a decimal cannot hold
+        return left == right or _rounds(answer, right) or _rounds(gold, left)
     if re.fullmatch("[A-J]", gold) and (option := _OPTION.match(answer)):
         return option[1].upper() == gold
-    if re.fullmatch(r"[A-Za-z' -]{2,}", gold):  # words
+    if re.fullmatch(r"[A-Za-z' -]{2,}|\d+(?::\d+)+", gold):  # words, times, ratios
         return answer.lower() == gold.lower()
+    if _COSTLY.search(answer) or (_letters(answer) and not _letters(gold)):
+        return False
     return answer, gold
 
 
-def _import_library() -> None:
-    """In a worker, before its first comparison, so that the time of the import is not counted; memory is bounded."""
+def _serve() -> None:
+    """A worker: reads [seconds, answer, gold], writes verdicts. The kernel ends it when a comparison outlasts its time:
+    an alarm without a handler also stops C code, needs no signal in the caller, and leaves nobody behind if that dies.
+    """
     import logging
     import resource
+    import signal
 
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    import math_verify  # noqa: F401
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is not a verdict
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    import math_verify  # noqa: F401 (here, so that no comparison pays for it)
 
     logging.disable()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for line in sys.stdin:
+        seconds, answer, gold = json.loads(line)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        verdict = _compare(answer, gold)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps(verdict), file=out, flush=True)
 
 
 def _compare(answer: str, gold: str) -> bool | None:
@@ -241,36 +293,46 @@ def _compare(answer: str, gold: str) -> bool | None:
         return None
 
 
+def _ask(pair: tuple[str, str]) -> bool | str:
+    """A worker's verdict, or "errors" or "timeouts". Each thread of the pool has a worker of its own, made when needed.
+
+    Plain child processes that run this file: they import no main script, so they work from a notebook, a thread or an
+    unguarded script, and nothing is forked from a process that holds an engine.
+    """
+    import signal
+    import subprocess
+
+    worker = getattr(_LOCAL, "worker", None)
+    if worker is None or worker.poll() is not None:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        worker = _LOCAL.worker = subprocess.Popen([sys.executable, os.path.abspath(__file__)], **pipes)
+    worker.stdin.write(json.dumps([SECONDS, *pair]) + "\n")
+    worker.stdin.flush()
+    verdict = worker.stdout.readline()
+    if not verdict:
+        worker.wait()
+        return "timeouts" if worker.returncode == -signal.SIGALRM else "errors"
+    return {"true": True, "false": False}.get(verdict.strip(), "errors")
+
+
 @functools.cache
 def _pool():
-    """The worker processes, started at the first answer that needs them: spawned, never forked beside an engine."""
-    import multiprocessing
+    """The threads that ask the workers."""
+    from concurrent.futures import ThreadPoolExecutor
 
-    from pebble import ProcessPool
-
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPool(min(4, os.cpu_count()), initializer=_import_library, context=context)
-    atexit.register(lambda: (pool.stop(), pool.join()))
-    return pool
+    return ThreadPoolExecutor(min(4, os.cpu_count()))
 
 
 def verify_all(completions: list[str], golds: list[str]) -> list[bool]:
-    """`verify` of many. A comparison that is killed when time is up counts as wrong, is counted and is printed."""
-    from pebble import ProcessExpired
-
+    """`verify` of many. A comparison that runs out of time or memory counts as wrong, is counted and is printed."""
     verdicts = [_quick(completion, gold) for completion, gold in zip(completions, golds)]
-    jobs = {i: _pool().schedule(_compare, v, timeout=SECONDS) for i, v in enumerate(verdicts) if isinstance(v, tuple)}
-    for i, job in jobs.items():
-        answer, gold = verdicts[i]
-        verdict = None
-        try:
-            verdict = job.result()
-            FAILURES["errors"] += verdict is None
-        except (TimeoutError, ProcessExpired) as error:
-            FAILURES["timeouts"] += 1
-            print(f"grading {answer[:200]!r} against {gold[:200]!r}: {type(error).__name__}", file=sys.stderr)
-        verdicts[i] = bool(verdict)
-    return verdicts
+    pairs = dict.fromkeys(v for v in verdicts if isinstance(v, tuple))  # rollouts repeat themselves: each is asked once
+    for pair, verdict in zip(pairs, _pool().map(_ask, pairs) if pairs else []):
+        pairs[pair] = verdict is True
+        if verdict in FAILURES:
+            FAILURES[verdict] += 1
+            print(f"grading {pair[0][:200]!r} against {pair[1][:200]!r}: {verdict}", file=sys.stderr)
+    return [v if isinstance(v, bool) else pairs[v] for v in verdicts]
 
 
 def verify(completion: str, gold: str) -> bool:
@@ -559,7 +621,8 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     found, stated, source = boxes(rewrite), _STATED.search(rewrite), _SOURCE.search(rewrite)
     claims = statements(rewrite)
     given = [start for start, *_ in found] + ([stated.start()] if stated else [])  # where the answer is given
-    inside = {_normal(content or "") for *_, content in found}
+    inside = {content or "" for *_, content in found}
+    either = any(map(_OR.search, inside)) and not _OR.search(answer)
     length, expected = _length(rewrite), _length(expert)
     reasoning = rewrite[: found[0][0]] if found else rewrite
     skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.5
@@ -567,7 +630,7 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
         "early_answer": float(any(start < 0.25 * len(rewrite) for start in given)),
         "no_reasoning": float(length < 0.25 * expected or skipped),
         "mentions_source": float(bool(source) and source[0].lower() not in (problem + expert).lower()),
-        "hedged": float(len(inside) > 1 or (any(_OR.search(c) for c in inside) and not _OR.search(answer))),
+        "hedged": float(len(set(map(_normal, inside))) > 1 or either),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
         "repetition": _repetition(rewrite),
@@ -1301,3 +1364,7 @@ def decode(tokenizer, ids: typing.Sequence[int]) -> str:
     if ids and ids[-1] == stop_id(tokenizer):
         ids = ids[:-1]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+if __name__ == "__main__":
+    _serve()

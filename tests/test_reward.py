@@ -102,14 +102,17 @@ def test_verify():
 def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     monkeypatch.setattr(reward, "SECONDS", 1.5)
     monkeypatch.setitem(reward.FAILURES, "timeouts", 0)
-    completions = [r"\boxed{9^{9^{9}}}", r"\boxed{x+1}", r"\boxed{99999999!}", r"\boxed{1+y}", r"\boxed{7}"]
+    slow = r"\boxed{(9^{9999})^{9999}}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
+    completions = [slow, r"\boxed{x+1}", r"\boxed{(8^{9999})^{9999}}", r"\boxed{1+y}", r"\boxed{7}", slow]
     verdicts = []
-    thread = threading.Thread(target=lambda: verdicts.extend(reward.verify_all(completions, ["10", "1+x"] * 2 + ["7"])))
+    thread = threading.Thread(
+        target=lambda: verdicts.extend(reward.verify_all(completions, ["10", "1+x"] * 2 + ["7", "10"]))
+    )
     thread.start()
     thread.join(60)
-    assert verdicts == [False, True, False, False, True]
+    assert verdicts == [False, True, False, False, True, False]
     assert reward.FAILURES["timeouts"] == 2
-    assert "9^{9^{9}}" in capfd.readouterr().err
+    assert "9^{9999}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
