@@ -27,8 +27,10 @@ def timed(completions: list[str], golds: list[str]) -> tuple[list[bool], float]:
 
 
 def library(completion: str, gold: str) -> bool:
+    """Math-Verify as its README uses it: a bare gold is put into dollars."""
     import math_verify
 
+    gold = gold if "$" in gold or "boxed" in gold else f"${gold}$"
     return math_verify.verify(math_verify.parse(gold), math_verify.parse(completion))
 
 
