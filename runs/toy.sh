@@ -6,8 +6,8 @@
 #   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
 #
 # A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Every arm
-# sees the same problems, steps, schedule and prompt. runs/tune.sh chooses the learning rates and steps below on seed 100,
-# which no result uses, from one grid for all arms; it has not been run to its end yet, so these are first guesses.
+# sees the same problems, schedule and prompt. runs/tune.sh chose the learning rates and steps below on seed 100, which no
+# result uses, from one grid for all arms (results/tune.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash runs/setup.sh
@@ -15,14 +15,14 @@ bash runs/setup.sh
 SEED="${SEED:-0}"
 OUT="${OUT:-out/toy}/seed$SEED"
 SFT_STEPS=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
-SFT_GRID="--lr 1e-3 --steps 160"     # expert text
-PROMPTED_GRID="--lr 3e-4 --steps 160" # untrained mapper's rewrites
-DART_GRID="--lr 3e-4 --steps 160"    # trained mapper's rewrites
-ORACLE_GRID="--lr 3e-4 --steps 160"  # native text
+SFT_GRID="--lr 4e-3 --steps 400"      # expert text
+PROMPTED_GRID="--lr 3e-4 --steps 400" # untrained mapper's rewrites
+DART_GRID="--lr 3e-4 --steps 400"     # trained mapper's rewrites
+ORACLE_GRID="--lr 3e-4 --steps 400"   # native text
 RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
     --gradient_checkpointing False --seed "$SEED")
-MAPPER_GRID="--lr 3e-4 --steps 60"
-GRPO_GRID="--lr 3e-4"
+MAPPER_GRID="--lr 1e-4 --steps 60"
+GRPO_GRID="--lr 1e-4"
 REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 EVALUATE=(--samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 SUITES=(in_distribution shorter longer reworded)
@@ -93,7 +93,6 @@ if [ -n "${ABLATE:-}" ]; then
     ablation no-penalty "--hard_cheats none --soft_weight 0"
     ablation no-false-arithmetic "--hard_cheats early_answer no_reasoning mentions_source hedged"
     ablation no-fidelity "--min_fidelity 0"
-    ablation no-penalty-no-fidelity "--hard_cheats none --soft_weight 0 --min_fidelity 0"
     ablation kl "" "--align kl"
     stage eval-ablation evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 fi
