@@ -4,7 +4,7 @@ task="map"    the policy M reads problem and expert solution, p(x, y°), and wri
               y is right, honest, and natural for the frozen target π: see `reward.judge` and `reward.mapper_reward`.
               (DART, arXiv 2605.26924. Its exact reward is not public; this one is our reconstruction.)
 task="solve"  the policy reads the plain question and is rewarded for a right answer: direct RL, the baseline. Where
-              --hard_cheats are named, an answer that cheats earns nothing, as a rewrite would.
+              --hard_cheats are named, a right answer that cheats earns nothing.
 
 One step is: sync the engine's weights, sample G rollouts for each of `groups` problems, reward them, one update.
 For rollout i with tokens t, engine log-probabilities log π_vllm and N response tokens in all kept groups of all ranks:
@@ -62,10 +62,10 @@ class Config:
     # --- reward ---
     align: str = "nll"  # nll: sigmoid of the gain in mean log-probability; kl: distance between mapper and target
     kl_beta: float = 0.5  # slope of the kl alignment
-    min_fidelity: float = 0.8  # share of the expert's intermediate results that must be kept, in order; 0: off
+    min_fidelity: float = 0.8  # map: share of the expert's intermediate results that must be kept, in order; 0: off
     hard_cheats: list[str] | None = None  # each forfeits the reward; "none": none does; default: all for map, else none
-    hard_weight: float = 0.5  # what a hard cheat costs on top
-    soft_weight: float = 0.25  # what each soft cheat costs, times its strength in [0, 1]
+    hard_weight: float = 0.5  # map: what a hard cheat costs on top
+    soft_weight: float = 0.25  # map: what each soft cheat costs, times its strength in [0, 1]
     # --- update ---
     lr: float = 1e-6  # learning rate, constant after the warm-up
     warmup_steps: int = 5  # steps of linear warm-up

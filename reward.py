@@ -125,10 +125,13 @@ _LOCAL = threading.local()  # this thread's worker
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=(\{|$))")
 _NUMBER = r"[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\})[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
-_TAGS = (r"<answer>(.{0,400}?)</answer>", r"####[ \t]*([^\n]+)")
-_PHRASE = r"(?i)\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?=[:\s]*((?:[^\n.]|\.(?=\d)){1,400}))"  # also inside another
+_TAGS = (r"<answer>(.{0,400}?)</answer>", r"####[ \t]*([^\n]+)\s*\Z")
+_PHRASE = (  # one may stand inside another
+    r"(?i)\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.]|\.(?=\d)){1,400}))"
+)
 _SPAN = r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}$"  # with no number after it
 _WORD = re.compile(r"(?<![\\A-Za-z{])(?!(?:sin|cos|tan|log|ln|or|and)\b)[A-Za-z]{2,}")  # no command, not \text{...}
+_LAST = rf"(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}|(?:{_NUMBER})(?:/\d+)?)"  # 3 1/2
 _PLAIN = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, 1.5e3, 1.5\times 10^{3}
     rf"(?P<sign>[+-]?)\s?(?:(?P<whole>\d+)(?:\s|(?=\\)))?(?:(?P<number>{_NUMBER})(?:/(?P<under>\d+))?"
     r"|\\frac\{(?P<above>\d+)\}\{(?P<below>\d+)\})"
@@ -137,26 +140,47 @@ _PLAIN = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, 1.5e3, 1.5\times
 _COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked out: 99999999!, 9^{99999}, 9^{9^{9}}
     r"\d{4,}\s*[})]*!|\^\s*\{?\s*[-+]?\d{5,}|\\[dt]?binom\s*\{?\s*\d{5,}|\^\s*\{?\s*\d+\s*\^\s*\{?\s*(?:[5-9]|\d\d)"
 )
-_UNITS = (  # dropped behind a number; single letters are variables; else only a plural is one, if it names no quantity
-    r"degrees?|dollars?|cents?|percent|units?|(?:square|cubic) [a-z]+|[cmk]m|[km]g|m[lL]|feet|foot|ft|inch|mph|lbs?|oz"
-    r"|hour|minute|second|day|week|month|year|mile|meter|gram|pound|dollar|people"
-    r"|(?!hal|thir|quart|[a-z]+th|hundr|thous|[a-z]+illion|dozen|time|pair|percent|is|was|has|less|plus|minus)[a-z]{2,}s"
+_QUANTITY = (  # words that change a number's value, so they are no unit
+    r"(?!(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|hundreds?|thousands?|[a-z]+illions?"
+    r"|dozens?|tens|scores?|times|pairs?|squared|cubed|or|and|to|is|was|has|less|more|plus|minus)\b)"
 )
-_OPTION = re.compile(
-    r"\W*([A-J]|[a-j](?=\W*$))(?![\w'])(?!\s*[*/^=_+\d]|\s*(?:or|and|&|,)\W*[A-Ja-j]\b)"
-)  # B, (B) 300, not B or C
+_UNITS = (  # dropped behind a number; single letters are variables; of other words only a plural is one
+    rf"(?:{_QUANTITY}[a-z]{{2,}}s|degrees? celsius|degree|dollar|cent|percent|unit|(?:square|cubic) [a-z]+|[cmk]m|[km]g"
+    r"|m[lL]|feet|foot|ft|inch|mph|lb|oz|hour|minute|second|day|week|month|year|mile|meter|gram|pound|people)"
+    r"(?:\s?(?:/|per)\s?[a-z]+)?"
+)
+_BEHIND, _SQUARED = r"(?:(?<=[\d})])|(?<=\\pi))\s*", r"(?:\^\{?\d\}?)?\.?$"  # 17 ..., 12\pi ...; cm^2
+_CONFLICTS = [  # what must not differ where both answers name it
+    re.compile(pattern, re.I)
+    for pattern in (
+        r"\b([ap])\.?\s?m\b",
+        r"\b(cent|dollar)",
+        r"\b(second|minute|hour|day|week|month|year)",
+        r"\b(north|south|east|west)",
+    )
+]
+_NAME = re.compile(  # in front of a value: x =, f(2) =, \angle ABC =, x \in
+    r"(^|,\s*)(?:[A-Za-z](?:_\{?\w+\}?|\w)?(?:\([\w, ]*\))?|m?\s*\\angle\s*[A-Z]+)\s*(?:=|\\in(?![a-z]))\s*"
+)
+_OPTION = re.compile(  # B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
+    r"\W*([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-Ja-j]\b)|(?<![AI])\s+(?:-\s+)?(?!(?:or|and)\W)(?:\d|[a-z]{2,})"
+    r"|(?<=[AI])\s+(?:is|was|because|since|as|but)\b)"
+)
 _REWRITES = [  # of an answer, in this order: spellings that mean the same
     (re.compile(pattern), by)
     for pattern, by in (
+        (r",\\[ ;:,]", ", "),
         (r"(?<!\\)\\[()\[\]!,;: ]|\*\*|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\{,\}", ","),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),
-        (r"(?<=[\d}])\s*\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\{[^{}]*\}(?:\^\{?\d\}?)?$", ""),  # 17\text{ cm}^2
+        (rf"{_BEHIND}\\(?:text[a-z]*|mathrm|mbox)\{{~?\s*+{_QUANTITY}[^{{}}]{{2,}}\}}{_SQUARED}", ""),
         (r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\{([^{}]*)\}", r"\1"),
-        (rf"(?<=[\d}}])\s*(?:{_UNITS})(?:\^\{{?\d\}}?)?$", ""),
-        (r"(?<=[\d}\w)])\s*,?\s+(?:and|or)\s+(?=\S)", ","),
+        (rf"{_BEHIND}{_UNITS}{_SQUARED}", ""),
+        (r"(?<=[\d}\w)])\s*,?\s+(?:and|or)\s+(?=\S)", ", "),
+        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
+        (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\?%$|[.\s]+$|^[\s+]+", ""),
         (r"\s+", " "),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
@@ -188,6 +212,7 @@ def extract_answer(completion: str) -> str | None:
 
     A box that is empty or never closed is no answer, and no number inside it becomes one.
     """
+    completion = completion.replace("−", "-")
     if found := boxes(completion):
         return found[-1][2] or None
     for pattern in (*_TAGS, _PHRASE):
@@ -195,11 +220,12 @@ def extract_answer(completion: str) -> str | None:
             return found[-1].strip() or None
     if found := re.search(_SPAN, completion, re.S):
         return found[found.lastindex].strip() or None
+    before, digit, _ = re.split(r"(\d|$)", completion[:101], maxsplit=1)
     words = _WORD.findall(completion[:101])
-    bare = sum(map(len, words)) < 4 or (len(words) < 3 and not re.search(r"\d", completion))
+    bare = sum(map(len, words)) < 4 and not _WORD.search(before) if digit else len(words) < 3
     if bare and len(completion) <= 100 and re.fullmatch(r"[^=\n]*|\W*[A-Za-z]\w?\s*=[^=\n]*", completion):
         return completion.strip() or None  # nothing but an expression, or a word or two
-    found = re.findall(rf"(?:(?<![\w)])-)?\$?(?:{_NUMBER})(?:/\d+)?", completion)
+    found = re.findall(_LAST, completion)
     return found[-1] if found else None
 
 
@@ -225,31 +251,41 @@ def _rational(answer: str) -> Fraction | None:
 def _rounds(decimal: str, fraction: Fraction) -> bool:
     """Whether a decimal of six places or more is what a fraction without end, cut or rounded, looks like: 0.083333."""
     places = len(decimal.partition(".")[2])
-    endless = fraction.denominator != 1 and 10**LONGEST % fraction.denominator
-    return places >= 6 and bool(endless) and abs(_rational(decimal) - fraction) * 10**places < 1
+    if places < 6 or not 10**LONGEST % fraction.denominator:
+        return False
+    cut = (abs(fraction) - abs(_rational(decimal))) * 10**places  # what is missing, in units of the last place
+    return decimal.startswith("-") == (fraction < 0) and (0 <= cut < 1 or abs(2 * cut) <= 1)
 
 
 def _letters(answer: str) -> bool:
-    """Whether letters stand in it that are no command, no e or i, and not the name in front of x = 5."""
-    return bool(re.search("[A-Za-z]", re.sub(r"^[A-Za-z]\w?\s*=|\\[A-Za-z]+|\b[ei]\b", "", answer)))
+    """Whether letters stand in it that are no command, no e and no i."""
+    return bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", answer)))
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     """The verdict, or the two spellings that math-verify has to compare."""
     answer = extract_answer(completion)
     found = boxes(gold)
-    gold = _normal((found[-1][2] or "") if found else gold)
+    gold = (found[-1][2] or "") if found else gold.replace("−", "-")
     if answer is None or not gold or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > BRACKETS:
         return False
-    answer = _normal(answer)
+    for pattern in _CONFLICTS:  # 10 cents, 10 dollars
+        sides = [{unit.lower() for unit in pattern.findall(side)} for side in (answer, gold)]
+        if all(sides) and not sides[0] & sides[1]:
+            return False
+    answer, gold = _normal(answer), _normal(gold)
+    if not gold:
+        return False
     if answer == gold:
         return True
+    if "=" not in gold and "\\in" not in gold:
+        answer = _NAME.sub(r"\1", answer)
     left, right = _rational(answer), _rational(gold)
     if left is not None and right is not None:  # exactly: no tolerance, but for a fraction that a decimal cannot hold
         return left == right or _rounds(answer, right) or _rounds(gold, left)
     if re.fullmatch("[A-J]", gold) and (option := _OPTION.match(answer)):
         return option[1].upper() == gold
-    if re.fullmatch(r"[A-Za-z' -]{2,}|\d+(?::\d+)+", gold):  # words, times, ratios
+    if re.fullmatch(r"(?=.*[A-Za-z]{3}|no$|No$)[A-Za-z' -]+|\d+(?::\d+)+", gold):  # words, times, ratios
         return answer.lower() == gold.lower()
     if _COSTLY.search(f"{answer} {gold}") or (_letters(answer) and not _letters(gold)):
         return False
@@ -301,10 +337,12 @@ def _ask(pair: tuple[str, str]) -> bool | str:
     import signal
     import subprocess
 
-    worker = getattr(_LOCAL, "worker", None)
-    if worker is None or worker.poll() is not None:
+    def start():
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        worker = _LOCAL.worker = subprocess.Popen([sys.executable, os.path.abspath(__file__)], **pipes)
+        _LOCAL.worker = subprocess.Popen([sys.executable, os.path.abspath(__file__)], **pipes)
+        return _LOCAL.worker
+
+    worker = getattr(_LOCAL, "worker", None) or start()
     try:
         worker.stdin.write(json.dumps([SECONDS, *pair]) + "\n")
         worker.stdin.flush()
@@ -313,6 +351,7 @@ def _ask(pair: tuple[str, str]) -> bool | str:
         verdict = ""
     if not verdict:
         worker.wait()
+        start()  # it is ready, or nearly, when the next question comes
         return "timeouts" if worker.returncode == -signal.SIGALRM else "errors"
     return {"true": True, "false": False}.get(verdict.strip(), "errors")
 
@@ -575,7 +614,7 @@ _SOURCE = re.compile(
     r"(?:solution|answer|proof|explanation|reasoning|rewrite)|(?:solution|answer|explanation)\s+(?:above|provided|given)"
     r"|rewritten\s+(?:solution|version|answer)|re(?:writ|phras)\w*\s+(?:of\s+)?(?:the|this|your)\s+solution"
     r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+(?:solution|teacher|expert)"
-    r"|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+)\b",
+    r"|\bI\s+was\s+(?:shown|given)|teacher['’]s\s+\w+|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+)\b",
     re.I,
 )
 _STATED = re.compile(

@@ -64,7 +64,7 @@ class Config:
     max_model_len: int = 3072  # longest prompt and text together; a demonstration that does not fit is dropped
     # --- selection ---
     keep: str = "first"  # which verified text: first, random or likeliest (by A); dart and rasft have their own rule
-    fallback: bool = True  # without an eligible text keep the expert's; False leaves the problem out
+    fallback: bool = True  # without an eligible text keep the expert's; False leaves the problem out (not for rasft)
     min_fidelity: float = 0.8  # dart: share of the expert's intermediate results to be kept, in order; 0: off
     hard_cheats: list[str] | None = None  # each excludes a text; "none": none does; default: all for dart, else none
     soft_weight: float = 0.25  # dart: what each soft cheat costs, times its strength in [0, 1], in nats a token
@@ -118,8 +118,9 @@ def candidate_row(row: dict, candidates: list[dict], k: int, weight: float = 1.0
     return training_row(row, candidates[k]["source"], candidates[k]["text"], candidates[k]["align"], k, weight)
 
 
-def fall_back(row: dict, config: Config) -> list[dict]:
-    return [expert_row(row)] if config.fallback else []
+def fall_back(row: dict, candidates: list[dict], config: Config) -> list[dict]:
+    """The expert's text where it may stand in, and for rows that --share has left out."""
+    return [expert_row(row)] if config.fallback or not candidates else []
 
 
 def verified(candidate: dict) -> bool:
@@ -140,7 +141,7 @@ def select_dart(row: dict, candidates: list[dict], config: Config) -> list[dict]
     """The clean rewrite that the target finds likeliest, less soft cheats; equals: the first; none: the expert."""
     clean = [k for k, c in enumerate(candidates) if c["clean"]]
     if not clean:
-        return fall_back(row, config)
+        return fall_back(row, candidates, config)
 
     def value(k: int) -> float:
         return candidates[k]["align"] - config.soft_weight * sum(candidates[k][name] for name in reward.SOFT)
@@ -152,7 +153,7 @@ def select_verified(row: dict, candidates: list[dict], config: Config) -> list[d
     """One verified candidate, by --keep; none: the expert. Later prompts only ever had rows without one."""
     good = [k for k, c in enumerate(candidates) if verified(c)]
     if not good:
-        return fall_back(row, config)
+        return fall_back(row, candidates, config)
     return [candidate_row(row, candidates, KEEP[config.keep](good, candidates, row, config))]
 
 
@@ -188,8 +189,8 @@ WEIGHTS = {"monotone": monotone_weights, "released": released_weights}
 
 def select_rasft(row: dict, candidates: list[dict], config: Config) -> list[dict]:
     """The expert's text and every verified rollout, as far as their weights are above 0."""
-    if not candidates:  # left out by --share
-        return [expert_row(row)]
+    if not candidates:
+        return fall_back(row, candidates, config)
     good = [k for k, c in enumerate(candidates) if verified(c)]
     expert, rollout = WEIGHTS[config.weights](len(good), len(candidates))
     rows = [expert_row(row, expert)] + [candidate_row(row, candidates, k, rollout) for k in good]
@@ -362,7 +363,10 @@ def main():
         reward.merge_parts(output, "scored", [row["id"] for row in rows])
         scored = list(reward.read_parts(output, "scored").values())
         train = [chosen for row in scored for chosen in select(row, row["candidates"], config)]
-        reward.check(train, f"{config.data}: no problem has a text to keep; allow --fallback or raise --samples")
+        reward.check(
+            train,
+            f"{config.data}: no problem has a text to keep; in a new --output_dir allow --fallback, or raise --samples",
+        )
         reward.write_text(output / "train.jsonl", "".join(map(reward.json_line, train)))
         for path in [path for source in sources for path in reward.part_files(output, f"candidates_{source}")]:
             path.unlink()  # scored.jsonl holds them

@@ -38,7 +38,6 @@ Several nodes:   torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rd
 import functools
 import json
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +64,7 @@ class Config:
     data: str  # JSONL with id, problem, solution, optionally weight: a training set of rewrite.py, or demonstrations
     output_dir: str  # run folder: config.json, metrics.jsonl, checkpoint-*, and at the end model/
     start_from: str = ""  # run folder whose last checkpoint (model, optimizer, step) is carried on; leave it as it is
+    max_length: int = 4096  # tokens of prompt and response; longer rows are named and dropped, never truncated
     # The loss
     loss: str = "sft"  # preset of the four fields below, which can also be moved one by one: sft, dft, asft, rasft
     power: float | None = None  # a of p_t^a: 0 imitates all tokens alike; 1 is gentle with foreign ones
@@ -85,7 +85,6 @@ class Config:
     beta2: float = 0.95  # AdamW's memory of its square; lower forgets a spike sooner
     max_grad_norm: float = 1.0  # the global gradient norm is clipped to this
     # Memory and speed; none of these changes the result
-    max_length: int = 4096  # tokens of prompt and response; longer rows are named and dropped, never truncated
     micro_batch_tokens: int = 16384  # padded tokens in one pass of one rank; lower it when memory runs out
     gradient_checkpointing: bool = False  # recompute activations in backward: a third slower, much less memory
     head_chunk: int = 256  # tokens whose logits exist at one time
@@ -243,10 +242,7 @@ def main():
             loaded.update(weight_decay=group["weight_decay"], betas=betas)  # the flags of this run, not of the other
 
     metrics = folder / "metrics.jsonl"
-    if rank == 0:  # what a killed run wrote beyond its last checkpoint is done again
-        lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-        whole = [line for line in lines if line.endswith("}\n")]
-        reward.write_text(metrics, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    reward.resume_metrics(folder, step)  # what a killed run wrote beyond its last checkpoint is done again
 
     bar = tqdm(total=end, initial=step, desc=config.loss, unit="step", disable=rank > 0)
     while step < end:
@@ -309,9 +305,8 @@ def main():
     reward.save_model(model, tokenizer, folder / "model", source.dtype or torch.float32)
     if rank == 0:
         print(f"saved {folder / 'model'}", flush=True)
-        if total == end:
-            for old in folder.glob("checkpoint-*"):
-                shutil.rmtree(old)
+    if total == end:  # else another run carries on from the checkpoint
+        reward.remove_checkpoints(folder)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -4,19 +4,20 @@
 #
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/compare.sh; done
 #
-# It can be stopped and started again. Same problems, schedule, prompt and grid for every arm; runs/tune.sh chose the
-# learning rates and steps, on seed 100. Arms named *_filtered apply DART's hard cheats to texts of another source, so
-# that one sees how much of a gain is its filter's.
+# It can be stopped and started again. Same problems, schedule and prompt for every arm. The learning rates and steps of
+# the further arms are those that DART got, until `COMPARE=1 bash runs/tune.sh` has chosen them, on seed 100, from the same
+# grid. Arms named *_filtered apply DART's hard cheats to texts of another source; prompted_dart is DART's whole choice of
+# rewrites with the untrained mapper, so that one sees what its training adds.
 source "$(dirname "$0")/toy.sh"
 
-DFT_GRID="--lr 3e-4 --steps 160"
-ASFT_GRID="--lr 3e-4 --steps 160"
-RFT_GRID="--lr 3e-4 --steps 160"
-RFT_DFT_GRID="--lr 3e-4 --steps 160"
-MTG_GRID="--lr 3e-4 --steps 160"
-MTG_DFT_GRID="--lr 3e-4 --steps 160"
-RASFT_GRID="3e-4 160"
-DART_DFT_GRID="--lr 3e-4 --steps 160"
+DFT_GRID="--lr 3e-4 --steps 400"
+ASFT_GRID="--lr 3e-4 --steps 400"
+RFT_GRID="--lr 3e-4 --steps 400"
+RFT_DFT_GRID="--lr 3e-4 --steps 400"
+MTG_GRID="--lr 3e-4 --steps 400"
+MTG_DFT_GRID="--lr 3e-4 --steps 400"
+RASFT_GRID="3e-4 400"
+DART_DFT_GRID="--lr 3e-4 --steps 400"
 FILTER="--hard_cheats early_answer no_reasoning mentions_source hedged false_arithmetic"
 
 # rewrite ARM METHOD FLAGS...: a training set of the base model's own texts.
@@ -61,13 +62,15 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft $RASFT_GRID
 rasft rasft_filtered $RASFT_GRID $FILTER
 
-# --- DART's rewrites under DFT; direct GRPO that refuses what DART refuses ---
+# --- DART's choice without its training; its rewrites under DFT; direct GRPO that refuses what DART refuses ---
+rewrite prompted_dart dart
+sft prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl" $DART_GRID
 sft dart_dft "$OUT/dart/rewrite/train.jsonl" --loss dft $DART_DFT_GRID
 stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $GRPO_GRID \
     --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" $FILTER
 
 # --- evaluation ---
-for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered dart_dft; do
+for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered prompted_dart dart_dft; do
     MODELS+=("$arm=$OUT/$arm/sft/model")
 done
 stage eval-compare evaluate.py --models "${MODELS[@]}" "grpo_filtered=$OUT/grpo_filtered/solve/model" \

@@ -5,7 +5,8 @@
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/toy.sh; done        # the table then has means and intervals
 #   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
 #
-# A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Every arm
+# A stage that is finished is skipped when this is started again, unless its command has changed, which ends the run; one
+# that was killed goes on where it was (its seconds are then those of its last attempt). Every arm
 # sees the same problems, schedule and prompt. runs/tune.sh chose the learning rates and steps below on seed 100, which no
 # result uses, from one grid for all arms (results/tune.md).
 set -euo pipefail
@@ -35,9 +36,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_H
 stage() {
     local folder="$OUT/$1" started=$SECONDS
     shift
-    if [ -f "$folder/seconds" ]; then return; fi
+    if [ -f "$folder/seconds" ]; then
+        [ "$(cat "$folder/command")" = "$*" ] && return
+        echo "$folder was made by another command: remove it, and what was made from it, or choose another OUT" && exit 1
+    fi
     echo "--- $folder"
     .venv/bin/torchrun --standalone --nproc-per-node="$PROCESSES" "$@" --output_dir "$folder"
+    echo "$*" >"$folder/command"
     echo $((SECONDS - started)) >"$folder/seconds"
 }
 seconds() { local sum=0 name; for name in "$@"; do sum=$((sum + $(cat "$OUT/$name/seconds"))); done; echo "$sum"; }
@@ -75,7 +80,7 @@ for suite in "${SUITES[@]}"; do SUITE_FILES+=("$WORLD/$suite.jsonl"); done
 MODELS=("base=$BASE")
 for arm in sft prompted dart oracle; do MODELS+=("$arm=$OUT/$arm/sft/model"); done
 MODELS+=("grpo=$OUT/grpo/solve/model")
-for path in "$OUT"/grpo/solve/model-*; do MODELS+=("grpo-${path##*-}=$path"); done
+for path in "$OUT"/grpo/solve/model-??????; do [ -d "$path" ] && MODELS+=("grpo-${path##*-}=$path"); done
 stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 
 # --- ablations: DART with one part of its reward changed (where a cheat is allowed, rewriting allows it too) ---

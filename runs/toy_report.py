@@ -35,6 +35,7 @@ ARMS = {  # arm -> its stages
     "rasft": [f"rasft/{stage}-{r}" for r in ROUNDS for stage in ("rewrite", "sft")],
     "rasft_filtered": [f"rasft_filtered/{stage}-{r}" for r in ROUNDS for stage in ("rewrite", "sft")],
     "prompted": ["prompted/rewrite", "prompted/sft"],
+    "prompted_dart": ["prompted_dart/rewrite", "prompted_dart/sft"],
     "dart": ["dart/mapper", "dart/rewrite", "dart/sft"],
     "dart_dft": ["dart/mapper", "dart/rewrite", "dart_dft/sft"],
     "grpo": ["grpo/solve"],
@@ -51,11 +52,12 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  #
 
 def metrics(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(path) if path.exists() else []
 
 
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def mean_of(rows: list[dict], name: str) -> float:
@@ -190,9 +192,12 @@ def main():
         rows = {row["step"]: row for row in metrics(seed / "grpo/solve")}
         names = {int(p.name.removeprefix("grpo-")): p.name for p in sorted((seed / "eval").glob("grpo-*"))}
         names[max(rows)] = "grpo"
+        start = int((seed / "grpo/solve/seconds").read_text()) - rows[max(rows)]["elapsed"]  # of processes and engine
         for step, name in sorted(names.items()):
+            if step not in rows:
+                continue  # exported by an attempt that was killed before its next checkpoint
             average = float(np.mean(list(accuracies(seed, name).values())))
-            cost = {"seconds": rows[step]["elapsed"], "generated_tokens": rows[step]["generated_tokens"]}
+            cost = {"seconds": start + rows[step]["elapsed"], "generated_tokens": rows[step]["generated_tokens"]}
             curves.append({"seed": seed.name, "step": step, "average": average, **cost})
     checks = [dart_checks(seed / "dart") | {"A of native text (oracle)": oracle_alignment(seed)} for seed in seeds]
     ablations = {}
@@ -220,7 +225,7 @@ def main():
     lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
     lines += [
         "What it cost (seconds by the clock, start of the processes included; generation with grading and scoring; "
-        "memory of the largest training process), what it learnt from (share of the loss, mean log-probability under "
+        "memory of the largest training process), what it learnt from (share of the weight, mean log-probability under "
         "the base; RASFT: its last round) and what it forgot (shorter problems, points against the base):",
         "",
     ]
