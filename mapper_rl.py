@@ -100,11 +100,7 @@ class Config:
             self.group_size >= 2,
             f"--group_size must be at least 2, got {self.group_size}",
         )
-        if self.hard_cheats is None:
-            self.hard_cheats = list(reward.HARD) if self.task == "map" else []
-        self.hard_cheats = [name for name in self.hard_cheats if name != "none"]
-        unknown = set(self.hard_cheats) - set(reward.HARD)
-        check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
+        self.hard_cheats = reward.chosen_cheats(self.hard_cheats, default=self.task == "map")
         for name in ("steps", "groups", "max_tokens", "max_model_len", "passes", "micro_batch_tokens", "head_chunk"):
             check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("temperature", "lr", "max_grad_norm", "importance_cap"):

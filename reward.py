@@ -267,7 +267,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     answer = extract_answer(completion)
     found = boxes(gold)
     gold = (found[-1][2] or "") if found else gold.replace("−", "-")
-    if answer is None or not gold or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > BRACKETS:
+    if answer is None or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > BRACKETS:
         return False
     for pattern in _CONFLICTS:  # 10 cents, 10 dollars
         sides = [{unit.lower() for unit in pattern.findall(side)} for side in (answer, gold)]
@@ -614,7 +614,8 @@ _SOURCE = re.compile(
     r"(?:solution|answer|proof|explanation|reasoning|rewrite)|(?:solution|answer|explanation)\s+(?:above|provided|given)"
     r"|rewritten\s+(?:solution|version|answer)|re(?:writ|phras)\w*\s+(?:of\s+)?(?:the|this|your)\s+solution"
     r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+(?:solution|teacher|expert)"
-    r"|\bI\s+was\s+(?:shown|given)|teacher['’]s\s+\w+|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+)\b",
+    r"|\bI\s+was\s+(?:shown|given)|teacher['’]s\s+\w+|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?"
+    r"(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+)\b",
     re.I,
 )
 _STATED = re.compile(
@@ -729,6 +730,14 @@ def judge(
     }
 
 
+def chosen_cheats(names: list[str] | None, default: bool) -> list[str]:
+    """--hard_cheats as meant: where nothing was said all of HARD or none, "none" for none; refuses unknown ones."""
+    names = (list(HARD) if default else []) if names is None else [name for name in names if name != "none"]
+    unknown = set(names) - set(HARD)
+    check(not unknown, f"--hard_cheats knows {' '.join(HARD)}, not {' '.join(sorted(unknown))}")
+    return names
+
+
 def align_nll(A: float, A_expert: float, tau: float) -> float:
     """sigmoid((A(y|x) - A(y°|x)) / tau): how much likelier than the expert's text. Source: our reconstruction."""
     return 0.5 + 0.5 * math.tanh((A - A_expert) / (2 * tau))  # sigmoid(z) = 1/2 + 1/2 tanh(z/2), never overflows
@@ -790,11 +799,13 @@ def _chunked_head():
             for i in range(0, len(targets), ctx.chunk):
                 part = slice(i, i + ctx.chunk)
                 p = logits_of(hidden[part], head, ctx.temperature).softmax(-1)  # (chunk, V), recomputed, never kept
-                # d logp[target] / d logits = (onehot(target) - p) / temperature
-                d = -grad[part, None] * p
+                # d logp[target] / d logits = (onehot(target) - p) / temperature; d KL / d logits = (p - p_ref) / that
+                if ref_hidden is None:
+                    d = p.mul_(-grad[part, None])  # in place: one such matrix at a time
+                else:
+                    d = p.mul_((grad_kl - grad)[part, None])
+                    d -= grad_kl[part, None] * logits_of(ref_hidden[part], ref_head).softmax(-1)
                 d.scatter_add_(-1, targets[part, None], grad[part, None])
-                if ref_hidden is not None:  # d KL / d logits = (p - p_ref) / temperature
-                    d += grad_kl[part, None] * (p - logits_of(ref_hidden[part], ref_head).softmax(-1))
                 d /= ctx.temperature
                 grad_hidden[part] = (d @ head).to(hidden.dtype)
                 grad_head.addmm_(d.T, hidden[part].float())

@@ -79,11 +79,7 @@ class Config:
         check(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("target", "data", "output_dir"):
             check(getattr(self, name), f"--{name} is needed")
-        if self.hard_cheats is None:
-            self.hard_cheats = list(reward.HARD) if self.method == "dart" else []
-        self.hard_cheats = [name for name in self.hard_cheats if name != "none"]
-        unknown = set(self.hard_cheats) - set(reward.HARD)
-        check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
+        self.hard_cheats = reward.chosen_cheats(self.hard_cheats, default=self.method == "dart")
         check(self.keep in KEEP, f"--keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
         check(self.weights in WEIGHTS, f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         for name in ("samples", "max_tokens", "score_tokens"):
@@ -179,8 +175,7 @@ def released_weights(k: int, n: int) -> tuple[float, float]:
     expert = 1 + 2 * (1 - k / n)
     mean = (expert + k) / (n + 1)
     std = math.sqrt(((expert - mean) ** 2 + k * (1 - mean) ** 2 + (n - k) * mean**2) / (n + 1))
-    advantages = (math.tanh(0.4 * (reward_ - mean) / std) / (1 + k) for reward_ in (expert, 1))
-    expert, rollout = advantages
+    expert, rollout = (math.tanh(0.4 * (value - mean) / std) / (1 + k) for value in (expert, 1))
     return expert, 0.25 * min(max(rollout, 0.02), 0.15)
 
 

@@ -263,8 +263,8 @@ def main():
             w = torch.tensor([weights[i] for i in chosen for _ in pairs[i][1]], device=device)  # (n,)
             rho = torch.ones_like(w)
             if config.rho_low < config.rho_high and chosen:
-                lengths, starts = zip(*[(len(pairs[i][1]), references[i]) for i in chosen])
-                rho = ratios(logprobs, lengths, starts, config.rho_low, config.rho_high)
+                counts, starts = [len(pairs[i][1]) for i in chosen], [references[i] for i in chosen]
+                rho = ratios(logprobs, counts, starts, config.rho_low, config.rho_high)
             if reference is None:
                 kl = torch.zeros_like(logprobs)  # without one, the second is the entropy
             # L = 1/N sum [ - w_i * sg[p_t^a] * sg[rho_i] * log p_t + lambda * KL(ref || p)_t ]
