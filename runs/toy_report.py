@@ -2,9 +2,11 @@
 
     python runs/toy_report.py [out/toy]
 
-It tells of the arms that every seed has: those of runs/toy.sh, and those of runs/compare.sh where it was run. An arm's
-costs are those of all its stages: training the mapper, rewriting, fine-tuning. Intervals and p are over seeds (t
-distribution, differences paired by seed; p is not corrected for the number of arms); with one seed there are none.
+What it reads in a seed's folder it keeps beside it, as seed0.json and so on; the table is made from these files, so
+seeds run on several machines are put together by copying theirs into one folder. It tells of the arms that every seed
+has: those of runs/toy.sh, and those of runs/compare.sh where it was run. An arm's costs are those of all its stages:
+training the mapper, rewriting, fine-tuning. Intervals and p are over seeds (t distribution, differences paired by seed;
+p is not corrected for the number of arms); with one seed there are none.
 """
 
 import json
@@ -42,6 +44,23 @@ ARMS = {  # arm -> its stages
     "grpo_filtered": ["grpo_filtered/solve"],
     "oracle": ["oracle/sft"],
 }
+CLAIMS = [
+    ("dft", "sft"),
+    ("asft", "dft"),
+    ("mtg", "sft"),
+    ("mtg_dft", "dft"),
+    ("mtg", "rft"),
+    ("rasft", "sft"),
+    ("rasft", "dft"),
+    ("dart", "sft"),
+    ("dart", "prompted"),
+    ("dart", "prompted_dart"),
+    ("dart", "mtg"),
+    ("dart", "rasft"),
+    ("dart", "grpo"),
+    ("dart", "grpo_filtered"),
+    ("dart_dft", "dart"),
+]  # of the first over the second
 EVALUATIONS = ("eval", "eval-compare", "eval-half")
 SUITES = ["in_distribution", "shorter", "longer", "reworded"]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t quantiles, by number of seeds
@@ -167,50 +186,63 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)] + [""]
 
 
+def collect(seed: Path) -> dict:
+    """Everything that the table needs of one seed's folder."""
+    arms: dict = {}
+    for arm, stages in ARMS.items():
+        suites = accuracies(seed, arm)
+        if suites is None:
+            continue
+        arms[arm] = {"suites": suites, "average": float(np.mean(list(suites.values()))), **costs(seed, stages)}
+        if stages and arm != "oracle" and "solve" not in stages[0]:
+            arms[arm]["data"] = data_of(seed, stages)
+
+    curve = []
+    rows = {row["step"]: row for row in metrics(seed / "grpo/solve")}
+    names = {int(p.name.removeprefix("grpo-")): p.name for p in sorted((seed / "eval").glob("grpo-*"))}
+    names[max(rows)] = "grpo"
+    start = int((seed / "grpo/solve/seconds").read_text()) - rows[max(rows)]["elapsed"]  # of processes and engine
+    for step, name in sorted(names.items()):
+        if step not in rows:
+            continue  # exported by an attempt that was killed before its next checkpoint
+        average = float(np.mean(list(accuracies(seed, name).values())))
+        cost = {"seconds": start + rows[step]["elapsed"], "generated_tokens": rows[step]["generated_tokens"]}
+        curve.append({"seed": seed.name, "step": step, "average": average, **cost})
+
+    ablations = {}
+    for path in sorted(seed.glob("eval-ablation/*/summary.json")):
+        name = path.parent.name
+        told = dart_checks(seed / ("dart" if name == "dart" else f"ablation/{name}"))
+        average = float(np.mean(list(accuracies(seed, name, ("eval-ablation",)).values())))
+        ablations[name] = {"average accuracy": average, **told}
+    dart = dart_checks(seed / "dart") | {"A of native text (oracle)": oracle_alignment(seed)}
+    return {"arms": arms, "grpo_curve": curve, "dart": dart, "ablations": ablations}
+
+
 def main():
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "out/toy")
-    seeds = sorted(path.parent for path in out.glob("seed*/eval") if list(path.glob("*/summary.json")))
-    reward.check(seeds, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
     reward.init_distributed()
 
     # --- 1. collect ---
+    for path in sorted(out.glob("seed*/eval")):
+        if list(path.glob("*/summary.json")):
+            reward.write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
+    kept = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("seed*.json"))}
+    reward.check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
+    seeds = list(kept)
     arms: dict = {}
-    for arm, stages in ARMS.items():
-        scores = [accuracies(seed, arm) for seed in seeds]
-        if None in scores:
-            continue
-        spent = [costs(seed, stages) for seed in seeds]
-        arms[arm] = {
-            "suites": {suite: [s[suite] for s in scores] for suite in SUITES},
-            "average": [float(np.mean(list(s.values()))) for s in scores],
-            **{name: [s[name] for s in spent] for name in spent[0]},
-        }
-        if stages and arm != "oracle" and "solve" not in stages[0]:
-            arms[arm]["data"] = [data_of(seed, stages) for seed in seeds]
-    curves = []
-    for seed in seeds:
-        rows = {row["step"]: row for row in metrics(seed / "grpo/solve")}
-        names = {int(p.name.removeprefix("grpo-")): p.name for p in sorted((seed / "eval").glob("grpo-*"))}
-        names[max(rows)] = "grpo"
-        start = int((seed / "grpo/solve/seconds").read_text()) - rows[max(rows)]["elapsed"]  # of processes and engine
-        for step, name in sorted(names.items()):
-            if step not in rows:
-                continue  # exported by an attempt that was killed before its next checkpoint
-            average = float(np.mean(list(accuracies(seed, name).values())))
-            cost = {"seconds": start + rows[step]["elapsed"], "generated_tokens": rows[step]["generated_tokens"]}
-            curves.append({"seed": seed.name, "step": step, "average": average, **cost})
-    checks = [dart_checks(seed / "dart") | {"A of native text (oracle)": oracle_alignment(seed)} for seed in seeds]
-    ablations = {}
-    for path in sorted(seeds[0].glob("eval-ablation/*/summary.json")):
-        name = path.parent.name
-        told = dart_checks(seeds[0] / ("dart" if name == "dart" else f"ablation/{name}"))
-        average = float(np.mean(list(accuracies(seeds[0], name, ("eval-ablation",)).values())))
-        ablations[name] = {"average accuracy": average, **told}
+    for arm in ARMS:
+        each = [one["arms"][arm] for one in kept.values() if arm in one["arms"]]
+        if len(each) == len(seeds):
+            arms[arm] = {name: [one[name] for one in each] for name in each[0]}
+            arms[arm]["suites"] = {suite: [one["suites"][suite] for one in each] for suite in SUITES}
+    curves = [point for one in kept.values() for point in one["grpo_curve"]]
+    checks = [one["dart"] for one in kept.values()]
+    ablations = {f"{name}, {seed}": a for seed, one in kept.items() for name, a in one["ablations"].items()}
 
     # --- 2. write ---
     average = {arm: np.array(told["average"]) for arm, told in arms.items()}
-    names = ", ".join(seed.name for seed in seeds)
-    lines = [f"# Toy world, {len(seeds)} seed(s): {names}", ""]
+    lines = [f"# Toy world, {len(seeds)} seed(s): {', '.join(seeds)}", ""]
     lines += [
         "Accuracy in % (4 samples a problem at temperature 1; mean ± standard deviation over seeds); difference to SFT "
         "in points, with its 95% interval and p over seeds (t, paired; not corrected for the number of arms).",
@@ -221,6 +253,10 @@ def main():
         cells = [spread(told["suites"][suite]) for suite in SUITES] + [spread(told["average"])]
         rows.append([arm, *cells, "" if arm == "sft" else interval(list(100 * (average[arm] - average["sft"])))])
     lines += table(["arm", *SUITES, "average", "minus SFT"], rows)
+    claims = [(a, b) for a, b in CLAIMS if a in arms and b in arms]
+    rows = [[a, b, interval(list(100 * (average[a] - average[b])))] for a, b in claims]
+    lines += ["Orders that the papers claim, or that follow from them:", ""]
+    lines += table(["claimed better", "than", "difference in points"], rows)
     gain = (average["dart"] - average["sft"]).mean() / (average["oracle"] - average["sft"]).mean()
     lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
     lines += [
@@ -232,7 +268,8 @@ def main():
     rows = []
     for arm, told in arms.items():
         data = told.get("data", [])
-        shares = {k.removeprefix("weight/"): mean_of(data, k) for k in (data[0] if data else {}) if k != "align"}
+        sources = dict.fromkeys(name for one in data for name in one if name != "align")
+        shares = {k.removeprefix("weight/"): np.mean([one.get(k, 0.0) for one in data]) for k in sources}
         forgot = 100 * (np.mean(told["suites"]["shorter"]) - np.mean(arms["base"]["suites"]["shorter"]))
         cells = [f"{np.mean(told['seconds']):.0f}", f"{np.mean(told['generation_seconds']):.0f}"]
         cells += [f"{np.mean(told['generated_tokens']):,.0f}", f"{max(told['peak_memory']) / 2**20:,.0f} MiB"]
@@ -242,7 +279,7 @@ def main():
     head = ["seconds", "of generation", "generated tokens", "memory", "sources", "A of its text", "shorter, minus base"]
     lines += table(["arm", *head], rows)
     rows = [[name, *(f"{c[name]:.3f}" for c in checks)] for name in checks[0]]
-    lines += table(["what the mapper learnt", *(seed.name for seed in seeds)], rows)
+    lines += table(["what the mapper learnt", *seeds], rows)
     lines += ["Direct GRPO over time (average accuracy; DART's total is in the table above):", ""]
     rows = [
         [c["seed"], str(c["step"]), f"{c['seconds']:.0f}", f"{c['generated_tokens']:,}", f"{100 * c['average']:.1f}"]
@@ -250,7 +287,7 @@ def main():
     ]
     lines += table(["seed", "step", "seconds", "generated tokens", "average"], rows)
     if ablations:
-        lines += [f"One part of the reward changed at a time ({seeds[0].name} alone):", ""]
+        lines += ["One part of the reward changed at a time:", ""]
         rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
         lines += table(["", *ablations], rows)
     text = "\n".join(lines)

@@ -4,7 +4,8 @@
 # suites mixed); the mapper, which solves nothing, by its reward.
 #
 #   bash runs/tune.sh             # the arms of runs/toy.sh: about an hour on two cores
-#   COMPARE=1 bash runs/tune.sh   # and those of runs/compare.sh: more than another hour
+#   COMPARE=1 bash runs/tune.sh   # those of runs/compare.sh: more than another hour. In the first part every arm was best
+#                                 # with the most steps, so all further arms get these, and the same learning rates
 #
 # The tables are kept as out/tune/table.md. What is finished is skipped when it is started again.
 # It starts with the acceptance of the world by the arms that know no mapper: base, SFT on the expert's text, SFT on
@@ -58,24 +59,25 @@ REWRITE=(--target "$BASE" --data "$WORLD/demos.jsonl" --samples 8 --max_tokens 1
 
 [ -d "$BASE" ] || OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed 100
 
-# --- acceptance of the world ---
-evaluate "$OUT/eval" validation -- base="$BASE"
-grid sft "$WORLD/demos.jsonl"
-grid oracle "$WORLD/oracle.jsonl"
-IMITATION=$(best sft) ORACLE=$(best oracle)
-evaluate "$OUT/acceptance" in_distribution shorter longer reworded -- \
-    base="$BASE" "$IMITATION=$OUT/sft/$IMITATION/model" "$ORACLE=$OUT/sft/$ORACLE/model"
+if [ -z "${COMPARE:-}" ]; then
+    # --- acceptance of the world ---
+    evaluate "$OUT/eval" validation -- base="$BASE"
+    grid sft "$WORLD/demos.jsonl"
+    grid oracle "$WORLD/oracle.jsonl"
+    IMITATION=$(best sft) ORACLE=$(best oracle)
+    evaluate "$OUT/acceptance" in_distribution shorter longer reworded -- \
+        base="$BASE" "$IMITATION=$OUT/sft/$IMITATION/model" "$ORACLE=$OUT/sft/$ORACLE/model"
 
-# --- the other arms ---
-stage "$OUT/prompted" rewrite.py --method map "${REWRITE[@]}"
-grid prompted "$OUT/prompted/train.jsonl"
-for lr in "${RL_LRS[@]}"; do
-    stage "$OUT/mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
-    stage "$OUT/grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
-    evaluate "$OUT/eval" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
-done
-# the mapper's learning rate: the one with the highest reward at the end
-MAPPER=$(.venv/bin/python - "$OUT" "${RL_LRS[@]}" <<'PY'
+    # --- the other arms of runs/toy.sh ---
+    stage "$OUT/prompted" rewrite.py --method map "${REWRITE[@]}"
+    grid prompted "$OUT/prompted/train.jsonl"
+    for lr in "${RL_LRS[@]}"; do
+        stage "$OUT/mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
+        stage "$OUT/grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
+        evaluate "$OUT/eval" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
+    done
+    # the mapper's learning rate: the one with the highest reward at the end
+    MAPPER=$(.venv/bin/python - "$OUT" "${RL_LRS[@]}" <<'PY'
 import json, sys
 from pathlib import Path
 def final_reward(lr):
@@ -83,50 +85,52 @@ def final_reward(lr):
     return sum(json.loads(row)["reward"] for row in rows)
 print(max(sys.argv[2:], key=final_reward))
 PY
-)
-stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
-grid dart "$OUT/dart/train.jsonl"
-
-# --- the arms of runs/compare.sh ---
-if [ -n "${COMPARE:-}" ]; then
+    )
+    echo "the mapper's learning rate: $MAPPER"
+    stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
+    grid dart "$OUT/dart/train.jsonl"
+else
+    # --- the arms of runs/compare.sh ---
+    STEPS=("${STEPS[-1]}") MAPPER=1e-4  # as the first part chose them
     for loss in dft asft; do grid "$loss" "$WORLD/demos.jsonl" --loss "$loss"; done
     stage "$OUT/rft" rewrite.py --method self --fallback False "${REWRITE[@]}"
     stage "$OUT/mtg" rewrite.py --method resolve "${REWRITE[@]}"
     grid rft "$OUT/rft/train.jsonl"
     grid mtg "$OUT/mtg/train.jsonl"
+    stage "$OUT/mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
+    stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
     for arm in rft mtg dart; do grid "${arm}_dft" "$OUT/$arm/train.jsonl" --loss dft; done
     MODELS=()
     for lr in "${LRS[@]}"; do
-        for steps in "${STEPS[@]}"; do
-            name="rasft-$lr-$steps" model="$BASE" before=()
-            for round in 1 2 3 4; do
-                folder="$OUT/rasft/$name-$round"
-                stage "$folder/rewrite" rewrite.py --method rasft --mapper "$model" "${REWRITE[@]}" --seed "$round"
-                stage "$folder/sft" sft.py --loss rasft "${SFT[@]}" --data "$folder/rewrite/train.jsonl" --lr "$lr" \
-                    --steps $((steps / 4)) --schedule_steps "$steps" "${before[@]}"
-                model="$folder/sft/model" before=(--start_from "$folder/sft")
-            done
-            MODELS+=("$name=$model")
+        name="rasft-$lr-$STEPS" model="$BASE" before=()
+        for round in 1 2 3 4; do
+            folder="$OUT/rasft/$name-$round"
+            stage "$folder/rewrite" rewrite.py --method rasft --mapper "$model" "${REWRITE[@]}" --seed "$round"
+            stage "$folder/sft" sft.py --loss rasft "${SFT[@]}" --data "$folder/rewrite/train.jsonl" --lr "$lr" \
+                --steps $((STEPS / 4)) --schedule_steps "$STEPS" "${before[@]}"
+            model="$folder/sft/model" before=(--start_from "$folder/sft")
         done
+        MODELS+=("$name=$model")
     done
     evaluate "$OUT/eval" validation -- "${MODELS[@]}"
 fi
 
 # --- the tables ---
-.venv/bin/python - "$OUT" "$MAPPER" <<'PY'
+.venv/bin/python - "$OUT" <<'PY'
 import json, sys
 from pathlib import Path
-out, mapper = Path(sys.argv[1]), sys.argv[2]
+out = Path(sys.argv[1])
 def read(path):
     return {p.parent.name: json.loads(p.read_text())["benchmarks"] for p in sorted(out.glob(f"{path}/*/summary.json"))}
-lines = ["Acceptance of the world: accuracy in %, seed 100, 200 problems a suite, 4 samples each", ""]
-accepted = read("acceptance")
-suites = list(next(iter(accepted.values())))
-lines += ["| run | " + " | ".join(suites) + " | average |", "|---" * (len(suites) + 2) + "|"]
-for name, told in accepted.items():
-    values = [100 * told[suite]["avg@n"]["value"] for suite in suites]
-    lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in [*values, sum(values) / len(values)]) + " |")
-lines += ["", f"Validation accuracy in %, seed 100 (mapper's learning rate: {mapper})", "", "| run | avg@4 |", "|---|---|"]
+lines, accepted = [], read("acceptance")
+if accepted:
+    lines += ["Acceptance of the world: accuracy in %, seed 100, 200 problems a suite, 4 samples each", ""]
+    suites = list(next(iter(accepted.values())))
+    lines += ["| run | " + " | ".join(suites) + " | average |", "|---" * (len(suites) + 2) + "|"]
+    for name, told in accepted.items():
+        values = [100 * told[suite]["avg@n"]["value"] for suite in suites]
+        lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in [*values, sum(values) / len(values)]) + " |")
+lines += ["", "Validation accuracy in %, seed 100", "", "| run | avg@4 |", "|---|---|"]
 for name, told in read("eval").items():
     lines.append(f"| {name} | {100 * told['validation']['avg@n']['value']:.1f} |")
 table = "\n".join(lines) + "\n"
