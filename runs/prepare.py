@@ -1,0 +1,249 @@
+"""Public data -> JSONL: demonstrations (id, problem, solution, answer) and benchmarks (id, problem, answer).
+
+    python runs/prepare.py gsm8k_train --decontaminate data/gsm8k_test.jsonl        # -> data/gsm8k_train.jsonl
+    python runs/prepare.py math500 aime24 aime25                                    # several at once
+    python runs/prepare.py gsm8k_train --local DIR_OR_FILE                          # a copy instead of the hub
+    python runs/prepare.py mine.csv --problem question --solution reasoning --answer final --limit 1000 --out mine.jsonl
+
+One line of SOURCES is one data set; add yours there, or name a local JSONL, Parquet or CSV file and its columns. A row
+is left out, and counted, if a field is missing or empty, or if its answer is not verifiable: the grader must accept the
+answer against itself. Where a data set has no column of answers, the answer is what the grader reads in the solution
+(the last box, or GSM8K's "####").
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import random
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import reward
+
+BLOCK = 2000  # rows graded at a time
+GRAM = 13  # words in a row that a training problem and a benchmark may not share
+
+
+class Source(NamedTuple):
+    hub: str  # id on the hub
+    revision: str | None  # commit of the data set; None: the newest
+    config: str | None
+    split: str
+    problem: str  # its column; "a+b" joins two
+    solution: str | None  # None: a benchmark without solutions
+    answer: str | None  # None: read in the solution
+    strip: str = ""  # what is taken off an answer (a pattern)
+
+
+SOURCES = {
+    # --- demonstrations ---
+    "gsm8k_train": Source(
+        "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "main", "train", "question", "answer", None
+    ),
+    "math_train": Source(
+        "DigitalLearningGmbH/MATH-lighteval", "0530c78699ea5e8eb5530600900e1f328b48acad", "default", "train",
+        "problem", "solution", None,
+    ),
+    "numina_cot": Source(
+        "AI-MO/NuminaMath-CoT", "9d8d210c9f6a36c8f3cd84045668c9b7800ef517", None, "train", "problem", "solution", None
+    ),
+    # --- benchmarks ---
+    "gsm8k_test": Source(
+        "openai/gsm8k", "740312add88f781978c0658806c59bc2815b9866", "main", "test", "question", "answer", None
+    ),
+    "math500": Source(
+        "HuggingFaceH4/MATH-500", "6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be", None, "test",
+        "problem", "solution", "answer",
+    ),
+    "minerva_math": Source(
+        "math-ai/minervamath", "ee46ddc498933b1977577953250ca5c66be64f96", None, "test", "question", None, "answer"
+    ),
+    "olympiadbench": Source(  # 674 rows: English, text only, open-ended mathematics of competitions
+        "Hothan/OlympiadBench", "91184b52131e7fc9455fef848035173aea8cc01a", "OE_TO_maths_en_COMP", "train",
+        "question", "solution", "final_answer",
+    ),
+    "amc23": Source(
+        "math-ai/amc23", "80815d37005feb82cd7f8fbc6901d5d3eff43057", None, "test", "question", None, "answer"
+    ),
+    "aime24": Source(
+        "HuggingFaceH4/aime_2024", "2fe88a2f1091d5048c0f36abc874fb997b3dd99a", None, "train",
+        "problem", "solution", "answer",
+    ),
+    "aime25": Source(
+        "math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", None, "test", "problem", None, "answer"
+    ),
+    # --- out of domain ---
+    "svamp": Source(
+        "ChilleD/SVAMP", "5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef", "default", "test", "Body+Question", None, "Answer"
+    ),
+    "asdiv": Source(  # answers like "9 (apples)"
+        "EleutherAI/asdiv", "8f95807222d87b4c688c3c22a6ba2801e1fa03e2", "asdiv", "validation",
+        "body+question", None, "answer", r" \(.*$",
+    ),
+    "college_math": Source("di-zhang-fdu/College_Math_Test", None, None, "test", "question", None, "answer"),
+}  # fmt: skip
+
+
+def load(source: Source, local: str | None):
+    """The data set, from the hub or a copy: a folder laid out like the hub's, or one JSONL, Parquet or CSV file."""
+    import datasets
+
+    place = local or source.hub
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if Path(place).is_file():
+            kind = kinds.get(Path(place).suffix)
+            reward.check(kind, f"{place}: a file must end in {', '.join(kinds)}")
+            return datasets.load_dataset(kind, data_files=place, split="train")
+        revision = None if local else source.revision
+        return datasets.load_dataset(place, source.config, split=source.split, revision=revision)
+    except (
+        OSError,
+        ValueError,
+        datasets.exceptions.DatasetsError,
+    ) as error:  # not there, gated, no network, no such split
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reward.die(
+            f"{place}: cannot be loaded ({reason}); if the hub cannot be reached or asks for a login, fetch it "
+            "elsewhere and give the folder or file with --local"
+        )
+
+
+def text_of(value) -> str:
+    """A field as text: a list is what stands in it, side by side; 18.0 is 18; no dollars around an answer."""
+    if isinstance(value, list):
+        return ", ".join(text_of(one) for one in value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return "" if value is None else str(value).strip()
+
+
+def demonstration(solution: str) -> str:
+    """GSM8K's solutions as a model would write them: no calculator marks, the answer in a box. Others stay as is."""
+    solution = re.sub(r"<<[^<>\n]*>>", "", solution)
+    return re.sub(r"\n#### *(.+)$", r"\nThe answer is \\boxed{\1}.", solution)
+
+
+def read(row: dict, source: Source) -> tuple[str, str | None, str]:
+    """(problem, solution, answer) of a row; an empty one where there is none."""
+    problem = " ".join(text_of(row[column]) for column in source.problem.split("+"))
+    solution = row[source.solution] if source.solution else None
+    solution = text_of(solution[0] if isinstance(solution, list) and solution else solution)
+    if source.answer is None:
+        boxed = reward.boxes(solution) or re.search(r"^#### *\S", solution, re.M)  # a number somewhere is no answer
+        answer = (reward.extract_answer(solution) or "") if boxed else ""
+    else:
+        answer = re.sub(source.strip, "", text_of(row[source.answer]))
+        answer = re.sub(r"^\$([^$]*)\$$", r"\1", answer)
+    return problem, demonstration(solution), answer
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def grams(text: str) -> set[tuple[str, ...]]:
+    """Every 13 words in a row; of a shorter text the whole."""
+    found = words(text)
+    return {tuple(found[i : i + GRAM]) for i in range(max(1, len(found) - GRAM + 1))}
+
+
+def main():
+    parser = argparse.ArgumentParser(usage="%(prog)s NAME_OR_FILE ... [--flag value ...]", allow_abbrev=False)
+    parser.add_argument("names", nargs="+", metavar="NAME_OR_FILE", help=f"of {', '.join(SOURCES)}, or a local file")
+    parser.add_argument("--out", help="the file to write; default data/NAME.jsonl")
+    parser.add_argument(
+        "--local", help="a copy of the data set: a folder as on the hub, or one JSONL, Parquet or CSV file"
+    )
+    parser.add_argument("--problem", help="column of the problem (a+b joins two); default: the data set's")
+    parser.add_argument("--solution", help="column of the solution")
+    parser.add_argument("--answer", help="column of the answer; without one the answer is read in the solution")
+    parser.add_argument("--limit", type=int, default=0, help="keep so many rows, drawn at random (0: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of that draw")
+    parser.add_argument(
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="BENCHMARK",
+        help="JSONL benchmarks: drop problems that share 13 words in a row (if shorter, the whole text) with them",
+    )
+    args = parser.parse_args()
+    check = reward.check
+    check(args.limit >= 0, f"--limit must not be negative, got {args.limit}")
+    alone = len(args.names) == 1
+    check(alone or not (args.out or args.local), "--out and --local are for one data set at a time")
+    for name in args.names:  # all of them, before anything is loaded
+        near = difflib.get_close_matches(name, SOURCES, 1, 0.5)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        known = f"known are {', '.join(SOURCES)}, and files that end in .jsonl, .json, .parquet or .csv"
+        check(name in SOURCES or Path(name).is_file(), f"{name}: neither a known data set nor a file{guess} ({known})")
+        check(name in SOURCES or args.problem, f"{name}: --problem must name the column of the problem")
+        check(name in SOURCES or args.solution or args.answer, f"{name}: --solution or --answer must name a column")
+    benchmarks = {path: reward.read_jsonl(path, {"id": str, "problem": str}) for path in args.decontaminate}
+    held_out = {gram: path for path, rows in benchmarks.items() for row in rows for gram in grams(row["problem"])}
+    for name in args.names:
+        prepare(name, args, held_out)
+
+
+def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...], str]) -> None:
+    """Writes one data set; `held_out` holds what a problem may not share, and with which benchmark."""
+    from tqdm import tqdm
+
+    stem, local = (name, args.local) if name in SOURCES else (Path(name).stem, name)
+    source = SOURCES.get(name) or Source(name, None, None, "train", "", None, None)
+    columns = {field: getattr(args, field) for field in ("problem", "solution", "answer") if getattr(args, field)}
+    source = source._replace(**columns)
+    out = Path(args.out or f"data/{stem}.jsonl")
+    data = load(source, local)
+    asked = [*source.problem.split("+"), *filter(None, (source.solution, source.answer))]
+    for column in asked:
+        reward.check(
+            column in data.column_names,
+            f"{local or source.hub}: no column '{column}', it has {', '.join(data.column_names)}; name the right one "
+            "with --problem, --solution or --answer",
+        )
+
+    order = list(range(len(data)))
+    if args.limit:
+        random.Random(args.seed).shuffle(order)
+    kept, incomplete, unverifiable, shared = {}, 0, 0, dict.fromkeys(held_out.values(), 0)
+    bar = tqdm(total=len(order), desc=stem, unit="row")
+    for start in range(0, len(order), BLOCK):
+        rows = {}
+        for i in order[start : start + BLOCK]:
+            bar.update()
+            problem, solution, answer = read(data[i], source)
+            if not problem or not answer or (source.solution and not solution):
+                incomplete += 1
+            elif found := next((held_out[gram] for gram in grams(problem) if gram in held_out), None):
+                shared[found] += 1
+            else:
+                texts = {"solution": solution} if solution else {}
+                rows[i] = {"id": f"{stem}-{i}", "problem": problem, **texts, "answer": answer}
+        answers = [row["answer"] for row in rows.values()]
+        right = reward.verify_all([f"\\boxed{{{answer}}}" for answer in answers], answers)
+        unverifiable += len(right) - sum(right)
+        kept |= {i: row for (i, row), good in zip(rows.items(), right) if good}
+        if args.limit and len(kept) >= args.limit:
+            break
+    bar.close()
+    chosen = sorted(list(kept)[: args.limit or None])
+    read_rows = incomplete + unverifiable + sum(shared.values()) + len(kept)
+    left_out = [
+        f"{incomplete} without a problem, a solution or an answer",
+        f"{unverifiable} whose answer the grader cannot verify",
+    ]
+    left_out += [f"{count} that share {GRAM} words with {path}" for path, count in shared.items()]
+    told = f"{stem}: {read_rows} of {len(data)} rows read, left out {', '.join(left_out)}"
+    reward.check(chosen, f"{told}; nothing is left")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reward.write_text(out, "".join(reward.json_line(kept[i]) for i in chosen))
+    print(f"{told}; wrote {len(chosen)} to {out}")
+
+
+if __name__ == "__main__":
+    main()
