@@ -78,4 +78,4 @@ stage eval-compare evaluate.py --models "${MODELS[@]}" "grpo_filtered=$OUT/grpo_
 stage eval-half evaluate.py --models "sft_half_temperature=$OUT/sft/sft/model" --benchmarks "${SUITE_FILES[@]}" \
     "${EVALUATE[@]}" --temperature 0.5
 
-.venv/bin/python runs/toy_report.py "${OUT%/*}"
+report

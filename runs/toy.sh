@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # DART from end to end in a world that two CPU cores can build: does rewriting the demonstrations help?
 #
-#   bash runs/toy.sh                  # seed 0; the table is printed and kept as out/toy/report.md
+#   bash runs/toy.sh                  # seed 0; the table is printed and kept as out/toy/report.md,
+#                                     # the figures are out/toy/seed0/report.html
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/toy.sh; done        # the table then has means and intervals
 #   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
 #
@@ -102,4 +103,6 @@ if [ -n "${ABLATE:-}" ]; then
     stage eval-ablation evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 fi
 
-.venv/bin/python runs/toy_report.py "${OUT%/*}"
+# --- the table over all seeds, and this seed's page of figures ---
+report() { .venv/bin/python runs/toy_report.py "${OUT%/*}" && .venv/bin/python runs/report.py "$OUT"; }
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then report; fi  # runs/compare.sh goes on from here
