@@ -6,13 +6,15 @@
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/toy.sh; done        # the table then has means and intervals
 #   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
 #
-# A stage that is finished is skipped when this is started again, unless its command has changed, which ends the run; one
-# that was killed goes on where it was (its seconds are then those of its last attempt). Every arm
-# sees the same problems, schedule and prompt. runs/tune.sh chose the learning rates and steps below on seed 100, which no
-# result uses, from one grid for all arms (results/tune.md).
+# A stage that is finished is skipped when this is started again; one that was killed goes on where it was (its seconds are
+# then those of its last attempt). After editing a default in a script, choose another OUT. Every arm sees the same
+# problems, schedule and prompt. runs/tune.sh chose the learning rates and steps below on seed 100, which no result uses,
+# from one grid for all arms (results/tune.md).
 set -euo pipefail
-cd "$(dirname "$0")/.."
-bash runs/setup.sh
+# One process a GPU, or two on a CPU, one thread each: generation is bound by Python, so processes beat threads here.
+if GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$GPUS" -gt 0 ]; then MACHINE="1x$GPUS"; else MACHINE=1x2; fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+source "$(dirname "$0")/stages.sh"
 
 SEED="${SEED:-0}"
 OUT="${OUT:-out/toy}/seed$SEED"
@@ -29,23 +31,7 @@ REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 EVALUATE=(--samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 SUITES=(in_distribution shorter longer reworded)
 
-# One process a GPU, or two on a CPU, one thread each: generation is bound by Python, so processes beat threads here.
-if GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$GPUS" -gt 0 ]; then PROCESSES=$GPUS; else PROCESSES=2; fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
-
-# stage NAME COMMAND...: runs COMMAND --output_dir OUT/NAME once, and keeps its wall-clock seconds.
-stage() {
-    local folder="$OUT/$1" started=$SECONDS
-    shift
-    if [ -f "$folder/seconds" ]; then
-        [ "$(cat "$folder/command")" = "$*" ] && return
-        echo "$folder was made by another command: remove it, and what was made from it, or choose another OUT" && exit 1
-    fi
-    echo "--- $folder"
-    .venv/bin/torchrun --standalone --nproc-per-node="$PROCESSES" "$@" --output_dir "$folder"
-    echo "$*" >"$folder/command"
-    echo $((SECONDS - started)) >"$folder/seconds"
-}
+# seconds STAGE...: what they took together.
 seconds() { local sum=0 name; for name in "$@"; do sum=$((sum + $(cat "$OUT/$name/seconds"))); done; echo "$sum"; }
 # sft ARM DATA LR-AND-STEPS...: fine-tunes the base model on a training set.
 sft() { local arm="$1" data="$2"; shift 2; stage "$arm/sft" sft.py --model "$BASE" --data "$data" "${SFT_STEPS[@]}" "$@"; }

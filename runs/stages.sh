@@ -1,0 +1,55 @@
+# What runs/toy.sh and the recipes share; sourced by them. MACHINE is NODESxPROCESSES; a stage is a script's run under
+# torchrun. A stage that is finished is skipped when it is asked for again, unless its command or the defaults in its
+# script's Config have changed, which ends the run. With two or more nodes, start the same script on all of them at the
+# same time, with OUT and data/ on a disk that all see, and HOST and NODE_RANK set.
+cd "$(dirname "$0")/.."
+bash runs/setup.sh
+NODES="${MACHINE%x*}" PROCESSES="${MACHINE#*x}"
+LAUNCH=(--standalone --nproc-per-node="$PROCESSES")
+if [ "$NODES" -gt 1 ]; then
+    if [ -z "${PLAN:-}" ]; then
+        : "${HOST:?with several nodes, set HOST to the first one, by the name that all of them know}"
+        : "${NODE_RANK:?with several nodes, set NODE_RANK to 0 on HOST, to 1 on the next one, ...}"
+    fi
+    LAUNCH=(--nnodes="$NODES" --node-rank="${NODE_RANK:-R}" --nproc-per-node="$PROCESSES")
+    LAUNCH+=(--rdzv-backend=c10d --rdzv-endpoint="${HOST:-HOST}:${PORT:-29500}")
+fi
+
+# stage NAME SCRIPT FLAGS...: runs it with --output_dir OUT/NAME once; the first node keeps its wall-clock seconds.
+stage() {
+    local folder="$OUT/$1" started=$SECONDS made_by
+    shift
+    if [ -n "${PLANNING:-}" ]; then echo "torchrun ${LAUNCH[*]} $* --output_dir $folder" && return; fi
+    made_by="$*"$'\n'"$(sed -n '/^class Config/,/^    def /s/^    \([a-z_]*: [^#]*\).*/\1/p' "$1")"
+    if [ -f "$folder/seconds" ]; then
+        [ "$(cat "$folder/made_by")" = "$made_by" ] && return
+        echo "$folder was made with other flags, or other defaults in $1:"
+        diff "$folder/made_by" - <<<"$made_by" || true
+        echo "choose another OUT, or remove the folder and what was made from it" && exit 1
+    fi
+    echo "--- $folder"
+    .venv/bin/torchrun "${LAUNCH[@]}" "$@" --output_dir "$folder"
+    if [ "${NODE_RANK:-0}" = 0 ]; then
+        echo "$made_by" >"$folder/made_by"
+        echo $((SECONDS - started)) >"$folder/seconds"
+    fi
+}
+# data FILE FLAGS...: makes a data set that is not there, named as runs/prepare.py names it; other nodes wait for it.
+data() {
+    if [ -n "${PLANNING:-}" ]; then return; fi
+    if [ "${NODE_RANK:-0}" = 0 ] && [ ! -f "$1" ]; then
+        .venv/bin/python runs/prepare.py "$(basename "$1" .jsonl)" --out "$1" "${@:2}"
+    fi
+    until [ -f "$1" ]; do sleep 5; done
+}
+# rows FILE OTHERWISE: number of rows of a data set that is there, or what it will have.
+rows() { if [ -f "$1" ]; then wc -l <"$1"; else echo "$2"; fi; }
+# recipe FUNCTION: goes through it twice. First every stage's command line is sent to runs/plan.py, which ends the run if
+# a stage does not fit the GPUs (PLAN_GIB: GiB of one that is not here); then, unless PLAN is set, the stages are run.
+recipe() {
+    PLANNING=1 "$1" | .venv/bin/python runs/plan.py --gpus "$PROCESSES" --nodes "$NODES" --rows "$ROWS" \
+        ${PLAN_GIB:+--gpu_gib "$PLAN_GIB"} "${PLAN_FLAGS[@]}"
+    if [ -n "${PLAN:-}" ]; then exit; fi
+    "$1"
+    if [ "${NODE_RANK:-0}" = 0 ]; then .venv/bin/python runs/report.py "$OUT"; fi
+}

@@ -1,0 +1,110 @@
+"""The recipes from their first line to their last, with the model and the data replaced through the variables at their
+top and nothing else changed: once on two nodes (two launches that meet over loopback), once on one."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+
+import pytest
+from conftest import ROOT, sum_demonstrations
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model, tmp_path_factory) -> dict[str, str]:
+    """The variables at the top of a recipe: a small model that may read 4,096 tokens, demonstrations, benchmarks."""
+    folder = tmp_path_factory.mktemp("recipes")
+    shutil.copytree(tiny_model, folder / "model")
+    config = json.loads((folder / "model/config.json").read_text())
+    (folder / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    rows = sum_demonstrations(24)
+    for name, part in (("demos", rows), ("one", rows[:4]), ("two", rows[4:8])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    benchmarks = f"{folder}/one.jsonl {folder}/two.jsonl"
+    return {"MODEL": f"{folder}/model", "TRAIN": f"{folder}/demos.jsonl", "BENCHMARKS": benchmarks}
+
+
+def start(recipe: str, variables: dict[str, str]) -> subprocess.Popen:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    env |= {"OMP_NUM_THREADS": "1", **variables}
+    command = ["bash", str(ROOT / "runs" / recipe)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+
+
+def finish(process: subprocess.Popen) -> str:
+    out = process.communicate(timeout=900)[0]
+    assert process.returncode == 0, out
+    return out
+
+
+def summary(folder, model: str) -> dict:
+    return json.loads((folder / "eval" / model / "summary.json").read_text())
+
+
+def screenshot(page, scheme: str):
+    """The page as headless Chromium shows it, without a network."""
+    from PIL import Image
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("the page itself is not looked at: no chromium here (Debian: apt-get install chromium)")
+    picture = page.with_name(f"{scheme}.png")
+    flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,3000".split()
+    flags += [
+        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ]
+    command = [chromium, *flags, f"--screenshot={picture}", f"file://{page}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return Image.open(picture).convert("RGB")
+
+
+def test_two_nodes(world, tmp_path):
+    """DART, SFT and direct RL, all four stages across two nodes; the report is written; a second start does nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = world | {"OUT": str(tmp_path), "MACHINE": "2x1", "HOST": "localhost", "PORT": port, "PLAN_GIB": "8"}
+    for attempt in range(2):
+        nodes = [start("qwen3_gsm8k.sh", shared | {"NODE_RANK": str(rank)}) for rank in range(2)]
+        first, second = map(finish, nodes)
+        assert ("--- " in first) == ("--- " in second) == (attempt == 0)
+    for model in ("base", "sft", "dart", "grpo", "grpo-000001"):
+        told = summary(tmp_path, model)["benchmarks"]
+        assert {name: b["problems"] for name, b in told.items()} == {"one": 4, "two": 4}
+    for stage, steps in (("sft", 2), ("dart/mapper", 1), ("dart/sft", 2), ("grpo", 2)):
+        lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1)), stage
+    page = (tmp_path / "report.html").read_text()
+    for section in (
+        "Accuracy",
+        "Accuracy against cost",
+        "What the mapper learns",
+        "Direct RL on the target",
+        "Fine-tuning",
+    ):
+        assert f"<h2>{section}</h2>" in page
+    assert "Missing" not in page and not re.search(r"(?:src|href)=.?https?:", page)
+    assert page.count("<svg") == 4 == len(list(tmp_path.glob("figure-*.svg")))
+    assert "| base | " in (tmp_path / "report.md").read_text()
+    light, dark = (screenshot(tmp_path / "report.html", scheme) for scheme in ("light", "dark"))
+    assert light.getpixel((5, 5)) == (255, 255, 255) and sum(dark.getpixel((5, 5))) < 100
+    for page in (light, dark):  # a table, figures and text, not an empty page
+        colors = page.getcolors(1 << 24)
+        assert len(colors) > 200 and 0.02 < 1 - max(count for count, _ in colors) / (1000 * 3000) < 0.5
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="22 stages, several minutes; SLOW=1 bash tests/run.sh runs it too")
+def test_every_method(world, tmp_path):
+    """Mind the Gap, RASFT, their baselines and DART, with demonstrations of a teacher."""
+    variables = world | {"OUT": str(tmp_path), "TEACHER": world["MODEL"], "PLAN_GIB": "8"}
+    out = finish(start("qwen25_math_numina.sh", variables))
+    for model in ("base", "sft", "dft", "mtg", "mtg_dft", "rasft", "dart"):
+        assert summary(tmp_path, model)["benchmarks"]["one"]["n"] == 16
+        assert model in out
+    teacher = [json.loads(line) for line in (tmp_path / "teacher/train.jsonl").read_text().splitlines()]
+    assert 12 < len(teacher) <= 24 and {row["source"] for row in teacher} == {"self"}
+    last = json.loads((tmp_path / "rasft/sft-2/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2  # of one schedule over both rounds
