@@ -1126,7 +1126,7 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if train else low)
     except (OSError, ValueError) as error:
         die(f"{folder}: no model could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder")
-    model.requires_grad_(train).to(device)
+    model.requires_grad_(train)  # stays on the CPU: fully_shard moves one layer at a time, so no GPU holds the whole
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(train)

@@ -108,6 +108,11 @@ def engine(s, c, m: Config, b: int = 2) -> dict:
     return {"engine": least, "generate": dict(engine=held, kv_cache=share - held)}
 
 
+def sharding(s, n: int, b: int) -> float:
+    """Bytes while a model is sharded (reward.load_model): one layer, or the root, is there as a whole beside shards."""
+    return b * (s.weights / n + max(s.layer, s.root))
+
+
 def padded(budget: int, rows: float, longest: int) -> int:
     """Tokens of one GPU's largest micro-batch: the budget, or one longest row, but no more than its rows can have."""
     return min(max(budget, longest), math.ceil(rows) * longest)
@@ -120,7 +125,7 @@ def mapper_rl(c, r, m: Config, n: int) -> tuple:
     frozen = expert["frozen"] * maps + asked(s, n)["frozen"] * (c.beta_kl > 0)
     moments, state = engine(s, c, m), dict(weights=4 * s.weights / n, optimizer=8 * s.weights / n)
     awake = moments["generate"]  # until the first update; a run that is resumed has its optimizer by then
-    moments["load"] = awake | dict(weights=4 * s.weights, spare=spare)  # whole, before it is sharded
+    moments["load"] = awake | dict(weights=sharding(s, n, 4), spare=spare)
     moments["generate"] = awake | state | dict(frozen=frozen, buffers=(4 + 2) * s.head, spare=spare)  # sync: embedding
     moments |= {"score": awake | state | expert | dict(frozen=frozen, spare=spare)} if maps else {}
     tokens = padded(c.micro_batch_tokens, rollouts / n, c.max_model_len)
@@ -137,7 +142,7 @@ def rewrite(c, r, m: Config, n: int) -> tuple:
     data, spare, text = min(r.data, c.limit or math.inf), m.spare_gib * GIB, min(m.response_tokens, c.max_tokens)
     each = c.samples * (2 if c.method == "resolve" else 1)  # at most: the second prompt is for the unsolved only
     score = asked(r.target, n, padded(c.score_tokens, data * (1 + each) / n, c.max_model_len)) | dict(spare=spare)
-    moments = engine(r.mapper, c, m) | dict(load=dict(frozen=2 * r.target.weights, spare=spare), score=score)
+    moments = engine(r.mapper, c, m) | dict(load=dict(frozen=sharding(r.target, n, 2), spare=spare), score=score)
     scored = data * (c.share * each * (m.prompt_tokens + text) + m.prompt_tokens + m.response_tokens)
     return moments, data * c.share * each * text, 0, 2 * r.target.weights * scored
 
@@ -146,7 +151,7 @@ def sft(c, r, m: Config, n: int) -> tuple:
     s, anchored, recompute, spare = r.model, c.anchor > 0, c.gradient_checkpointing, m.spare_gib * GIB
     frozen, tokens = asked(s, n)["frozen"] * anchored, padded(c.micro_batch_tokens, c.batch_size / n, c.max_length)
     moments = update(s, n, tokens, c.head_chunk, recompute, models=1 + anchored, frozen=frozen, spare=spare)
-    moments["load"] = dict(weights=4 * s.weights, spare=spare)
+    moments["load"] = dict(weights=sharding(s, n, 4), spare=spare)
     length, steps = m.prompt_tokens + m.response_tokens, c.steps or math.ceil(c.epochs * r.data / c.batch_size)
     trained = steps * c.batch_size * length
     return moments, 0, trained, (6 + 2 * recompute + 2 * anchored) * s.weights * trained
