@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
+import common
 import reward
 
 RESAMPLES = 2000  # bootstrap resamples; the smallest p that can be seen is 1 / RESAMPLES
@@ -62,16 +63,16 @@ class Config:
     compare: list[str] = field(default_factory=list)  # finished evaluations (output_dir or output_dir/NAME) to compare
 
     def __post_init__(self):
-        reward.check(self.models or self.compare, "give --models to evaluate, or --compare with finished folders")
+        common.check(self.models or self.compare, "give --models to evaluate, or --compare with finished folders")
         if self.models:
-            reward.check(self.benchmarks, "--benchmarks must name at least one JSONL file")
-            reward.check(self.output_dir, "--output_dir must be given")
-        reward.check(self.samples >= 1, f"--samples must be 1 or more, got {self.samples}")
-        reward.check(self.temperature > 0, f"--temperature must be above 0 (see --greedy), got {self.temperature}")
-        reward.check(self.max_tokens >= 1, f"--max_tokens must be 1 or more, got {self.max_tokens}")
-        reward.check(self.max_model_len >= 2, f"--max_model_len must be 2 or more, got {self.max_model_len}")
-        reward.check(self.limit >= 0, f"--limit must be 0 (all) or more, got {self.limit}")
-        reward.check(0 < self.gpu_memory <= 1, f"--gpu_memory must be in (0, 1], got {self.gpu_memory}")
+            common.check(self.benchmarks, "--benchmarks must name at least one JSONL file")
+            common.check(self.output_dir, "--output_dir must be given")
+        common.check(self.samples >= 1, f"--samples must be 1 or more, got {self.samples}")
+        common.check(self.temperature > 0, f"--temperature must be above 0 (see --greedy), got {self.temperature}")
+        common.check(self.max_tokens >= 1, f"--max_tokens must be 1 or more, got {self.max_tokens}")
+        common.check(self.max_model_len >= 2, f"--max_model_len must be 2 or more, got {self.max_model_len}")
+        common.check(self.limit >= 0, f"--limit must be 0 (all) or more, got {self.limit}")
+        common.check(0 < self.gpu_memory <= 1, f"--gpu_memory must be in (0, 1], got {self.gpu_memory}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def name_models(models: list[str]) -> dict[str, str]:
         name, equals, path = model.partition("=")
         if not equals or "/" in name:
             name, path = Path(os.path.abspath(model)).name, model
-        reward.check(name not in named, f"--models {model}: '{name}' is taken by {named.get(name)}; write NAME={path}")
+        common.check(name not in named, f"--models {model}: '{name}' is taken by {named.get(name)}; write NAME={path}")
         named[name] = path
     return named
 
@@ -173,7 +174,7 @@ def architecture(folder: str) -> dict:
     try:
         config = AutoConfig.from_pretrained(folder).to_dict()
     except (OSError, ValueError) as error:
-        reward.die(f"{folder}: no config.json could be read ({str(error).splitlines()[0]}); give a Hugging Face folder")
+        common.die(f"{folder}: no config.json could be read ({str(error).splitlines()[0]}); give a Hugging Face folder")
     free = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range")
     return {k: v for k, v in config.items() if k not in free and not k.endswith(("_token_id", "_dropout"))}
 
@@ -183,30 +184,30 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
     path = folder / "summary.json"
     old = json.loads(path.read_text()) if path.exists() else {"benchmarks": {}, "left_out": {}}
     for benchmark, problems in suites.items():
-        reward.merge_parts(folder, benchmark, [problem["id"] for problem in problems])
+        common.merge_parts(folder, benchmark, [problem["id"] for problem in problems])
     names = list(dict.fromkeys([*old["benchmarks"], *suites]))
-    rows = {name: list(reward.read_parts(folder, name).values()) for name in names}
+    rows = {name: list(common.read_parts(folder, name).values()) for name in names}
     summary = head | {
         "intervals": f"95%, percentile bootstrap over problems (never samples), {RESAMPLES} resamples",
         "left_out": old["left_out"] | head["left_out"],
         "benchmarks": {name: summarize(rows[name]) for name in names},
         "average": intervals([[problem_scores(row) for row in rows[name]] for name in names]),
     }
-    reward.write_text(path, json.dumps(summary, indent=1, ensure_ascii=False))
+    common.write_text(path, json.dumps(summary, indent=1, ensure_ascii=False))
     with open(metrics, "a", encoding="utf-8") as file:
         for name in suites:
-            file.write(reward.json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
+            file.write(common.json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
 
 
 def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
     """A finished evaluation (NAME's folder, or one of several NAMEs) -> {name: {benchmark: {id: scores}}}."""
     found = [Path(folder)] if (Path(folder) / "summary.json").exists() else [*sorted(Path(folder).glob("*/"))]
     found = [path for path in found if (path / "summary.json").exists()]
-    reward.check(found, f"{folder}: no finished evaluation (no summary.json here or one level below)")
+    common.check(found, f"{folder}: no finished evaluation (no summary.json here or one level below)")
     result = {}
     for path in found:
         benchmarks = json.loads((path / "summary.json").read_text())["benchmarks"]
-        rows = {name: reward.read_parts(path, name) for name in benchmarks}
+        rows = {name: common.read_parts(path, name) for name in benchmarks}
         result[os.path.abspath(path)] = {b: {i: problem_scores(row) for i, row in rows[b].items()} for b in rows}
     return result
 
@@ -262,12 +263,12 @@ def read_benchmarks(config: Config) -> dict[str, list[dict]]:
     suites: dict[str, list[dict]] = {}
     for path in config.benchmarks:
         name = Path(path).stem
-        reward.check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
-        rows = reward.read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str))
+        common.check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
+        rows = common.read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str))
         suites[name] = rows[: config.limit or None]
         for row in suites[name]:
             kind = row.get("kind", "math")
-            reward.check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
+            common.check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
     return suites
 
 
@@ -276,15 +277,15 @@ def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typi
     requests = []  # (job, greedy, prompt, parameters)
     for j, (benchmark, row, ids) in enumerate(jobs):
         room = min(config.max_tokens, config.max_model_len - len(ids))
-        seed = reward.request_seed(config.seed, benchmark, row["id"])
-        requests.append((j, False, ids, reward.sampling(tokenizer, config.samples, config.temperature, room, seed)))
+        seed = common.request_seed(config.seed, benchmark, row["id"])
+        requests.append((j, False, ids, common.sampling(tokenizer, config.samples, config.temperature, room, seed)))
         if config.greedy:
-            requests.append((j, True, ids, reward.sampling(tokenizer, 1, 0.0, room, seed)))
+            requests.append((j, True, ids, common.sampling(tokenizer, 1, 0.0, room, seed)))
     completions: list[list[dict]] = [[] for _ in jobs]
-    for r, outputs in reward.generate(engine, [r[2] for r in requests], [r[3] for r in requests], desc):
+    for r, outputs in common.generate(engine, [r[2] for r in requests], [r[3] for r in requests], desc):
         j, greedy = requests[r][:2]
         for output in outputs:
-            text = reward.decode(tokenizer, output.token_ids)
+            text = common.decode(tokenizer, output.token_ids)
             told = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
             told |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
             completions[j].append(told)
@@ -299,7 +300,7 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
     """
     waiting: list[tuple[int, list[dict]]] = []
     clock, left = time.time(), len(jobs)
-    parts = {benchmark: reward.open_part(folder, benchmark) for benchmark, _, _ in jobs}
+    parts = {benchmark: common.open_part(folder, benchmark) for benchmark, _, _ in jobs}
     for finished in answer_all(engine, config, tokenizer, jobs, folder.name):
         waiting.append(finished)
         left -= 1
@@ -316,13 +317,13 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
             told = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
             share = sum(c["tokens"] for c in completions) / sum(c["tokens"] for c, _ in flat)
             told |= {"completions": completions, "weights": row["weights"], "seconds": round(seconds * share, 4)}
-            parts[benchmark].write(reward.json_line(told | {"grading_timeouts": timeouts}))
+            parts[benchmark].write(common.json_line(told | {"grading_timeouts": timeouts}))
             timeouts = 0  # of the whole batch: told once
         waiting = []
 
 
 def main():
-    config = reward.parse_config(Config)
+    config = common.parse_config(Config)
     compared = {k: v for folder in config.compare for k, v in load_evaluations(folder).items()}
     if not config.models:
         return print_tables(compared)
@@ -331,17 +332,17 @@ def main():
     output = Path(config.output_dir)
     models = name_models(config.models)
     suites = read_benchmarks(config)
-    tokenizers = {name: reward.load_tokenizer(path) for name, path in models.items()}
-    stamps = {name: reward.weights_stamp(path, config.max_model_len) for name, path in models.items()}
-    vocab = {name: reward.used_vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
+    tokenizers = {name: common.load_tokenizer(path) for name, path in models.items()}
+    stamps = {name: common.weights_stamp(path, config.max_model_len) for name, path in models.items()}
+    vocab = {name: common.used_vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
     shapes = {name: architecture(path) | {"used vocabulary": vocab[name]} for name, path in models.items()}
     first, *others = models
     for name in others:
         for key in sorted(shapes[first].keys() | shapes[name].keys()):
             a, b = shapes[first].get(key), shapes[name].get(key)
             told = f"{models[name]}: {key} is {b}, but {a} in {models[first]}"
-            reward.check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
-    reward.save_config(config, output, resumable=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
+            common.check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
+    common.save_config(config, output, resumable=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
 
     # --- 2. prompts, and what is already done ---
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
@@ -349,17 +350,17 @@ def main():
     for name in models:
         for benchmark, rows in suites.items():
             rows = [row | {"weights": stamps[name]} for row in rows]
-            done = reward.read_parts(output / name, benchmark, rows)
-            prompts = [reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
+            done = common.read_parts(output / name, benchmark, rows)
+            prompts = [common.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
             if not all(fits):
                 missing = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
                 told = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
-                reward.check(any(fits), told)
+                common.check(any(fits), told)
                 if os.environ.get("RANK", "0") == "0":
                     print(f"{told}, left out: {' '.join(missing)}", flush=True)
-    rank, world, device = reward.init_distributed()
+    rank, world, device = common.init_distributed()
     dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
 
     engine = None
@@ -369,9 +370,9 @@ def main():
         if work[name]:
             # --- 3. the first model starts the engine, the others take their place in it ---
             if engine is None:
-                engine = reward.start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
+                engine = common.start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
             else:
-                reward.reload_engine(engine, weights_path=path)
+                common.reload_engine(engine, weights_path=path)
 
             # --- 4. generate, grade, flush ---
             evaluate(engine, config, tokenizers[name], work[name][rank::world], folder)
@@ -382,7 +383,7 @@ def main():
             head = {"model": os.path.abspath(path), "weights": stamps[name], "left_out": left_out[name]}
             finish_model(folder, suites, head, output / "metrics.jsonl")
     if engine is not None:
-        reward.stop_engine(engine)
+        common.stop_engine(engine)
     if rank == 0:
         own = {k: v for name in models for k, v in load_evaluations(str(output / name)).items()}
         print_tables(own | compared)
@@ -391,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    reward.run(main)
+    common.run(main)

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import common
 import reward
 
 
@@ -91,7 +92,7 @@ class Config:
     seed: int = 0  # of the order of the data and of sampling
 
     def __post_init__(self):
-        check = reward.check
+        check = common.check
         check(self.task in ("map", "solve"), f"--task must be map or solve, got {self.task!r}")
         for name in ("model", "data", "output_dir"):
             check(getattr(self, name), f"--{name} is needed")
@@ -100,7 +101,7 @@ class Config:
             self.group_size >= 2,
             f"--group_size must be at least 2, got {self.group_size}",
         )
-        self.hard_cheats = reward.chosen_cheats(self.hard_cheats, default=self.task == "map")
+        self.hard_cheats = common.chosen_cheats(self.hard_cheats, default=self.task == "map")
         for name in ("steps", "groups", "max_tokens", "max_model_len", "passes", "micro_batch_tokens", "head_chunk"):
             check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("temperature", "lr", "max_grad_norm", "importance_cap"):
@@ -172,14 +173,14 @@ def update(policy, reference, optimizer, rollouts: list[dict], config: Config, v
     constant = config.groups * config.group_size * config.max_tokens
     denominator = constant if config.constant_denominator else tokens
     budget = config.micro_batch_tokens
-    old = reward.score(policy, rows, budget, device, **head) if config.passes > 1 else None
-    ref = reward.score(reference, rows, budget, device, **head) if config.beta_kl > 0 else None
-    batches = reward.same_on_all_ranks(reward.micro_batches([len(p) + len(r) for p, r in rows], budget))
+    old = common.score(policy, rows, budget, device, **head) if config.passes > 1 else None
+    ref = common.score(reference, rows, budget, device, **head) if config.beta_kl > 0 else None
+    batches = common.same_on_all_ranks(common.micro_batches([len(p) + len(r) for p, r in rows], budget))
     names = ["clip_fraction", "importance_clip_fraction", "logprob_diff", "entropy", "loss"]
     sums, worst, norms = dict.fromkeys(names, 0.0), 0.0, []
     for _ in range(config.passes):
         for batch in batches:
-            input_ids, mask = reward.collate([rows[i] for i in batch], device)
+            input_ids, mask = common.collate([rows[i] for i in batch], device)
             logprobs, entropy = policy.token_logprobs(input_ids, mask, **head)  # (N,), (N,)
             if batch:
                 engine = torch.cat([torch.tensor(rollouts[i]["logprobs"]) for i in batch]).to(device)
@@ -212,11 +213,11 @@ def sync_weights(policy, llm, dtype) -> None:
     sent = []
 
     def weights():
-        for name, weight in reward.full_weights(policy, dtype):
+        for name, weight in common.full_weights(policy, dtype):
             sent.append(name)
             yield name, weight
 
-    reward.reload_engine(llm, weights_iterator=weights())
+    common.reload_engine(llm, weights_iterator=weights())
     if set(sent) != set(expected):
         raise RuntimeError(f"weight sync: sent {len(sent)} of {len(expected)} weights to the engine")
 
@@ -225,17 +226,17 @@ def rollouts_of(llm, tokenizer, rows: list[dict], step: int, config: Config) -> 
     """`group_size` rollouts for each row, in one batch; ids and log-probabilities stay the engine's."""
     # Seeded by (seed, step, row): a rollout depends neither on the batch around it nor on the number of ranks.
     params = [
-        reward.sampling(
+        common.sampling(
             tokenizer,
             n=config.group_size,
             temperature=config.temperature,
             max_tokens=config.max_tokens,
-            seed=reward.request_seed(config.seed, step, row["id"]),
+            seed=common.request_seed(config.seed, step, row["id"]),
             logprobs=True,
         )
         for row in rows
     ]
-    finished = dict(reward.generate(llm, [row["prompt_ids"] for row in rows], params))
+    finished = dict(common.generate(llm, [row["prompt_ids"] for row in rows], params))
     return [
         {
             "row": row,
@@ -243,7 +244,7 @@ def rollouts_of(llm, tokenizer, rows: list[dict], step: int, config: Config) -> 
             "ids": list(output.token_ids),
             "logprobs": list(output.logprobs.logprobs),
             "ended": output.finish_reason == "stop",
-            "text": reward.decode(tokenizer, output.token_ids),
+            "text": common.decode(tokenizer, output.token_ids),
         }
         for i, row in enumerate(rows)
         for output in finished[i]
@@ -272,7 +273,7 @@ def add_rewards(rollouts: list[dict], target, tau: float, config: Config, device
     # The target is asked only about what passed the gate: nothing else can earn an alignment.
     passed = [r for r in rollouts if r["parts"]["gate"]]
     rows = [(r["row"]["solve_ids"], r["ids"]) for r in passed]
-    for r, logprobs in zip(passed, reward.score(target, rows, config.micro_batch_tokens, device)):
+    for r, logprobs in zip(passed, common.score(target, rows, config.micro_batch_tokens, device)):
         parts, expert = r["parts"], r["row"]["expert_align"]
         parts["A"], parts["A_expert"] = logprobs.mean().item(), expert
         if config.align == "nll":
@@ -301,55 +302,55 @@ def prepare(rows: list[dict], tokenizer, config: Config, rank: int) -> list[dict
     """Adds the token ids of both prompts; leaves out, by name, problems that do not fit the context."""
     limit = config.max_model_len - config.max_tokens
     for row in rows:
-        row["solve_ids"] = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
+        row["solve_ids"] = common.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
         if config.task == "map":
-            row["prompt_ids"] = reward.prompt_ids(tokenizer, reward.map_prompt(row["problem"], row["solution"]))
+            row["prompt_ids"] = common.prompt_ids(tokenizer, reward.map_prompt(row["problem"], row["solution"]))
         else:
             row["prompt_ids"] = row["solve_ids"]
     long = [row["id"] for row in rows if len(row["prompt_ids"]) > limit]
     if long and rank == 0:
         print(f"left out {len(long)} problems whose prompt is longer than {limit} tokens: {', '.join(long[:10])}")
     rows = [row for row in rows if len(row["prompt_ids"]) <= limit]
-    reward.check(rows, f"{config.data}: no prompt fits --max_model_len {config.max_model_len} less --max_tokens")
+    common.check(rows, f"{config.data}: no prompt fits --max_model_len {config.max_model_len} less --max_tokens")
     return rows
 
 
 def main():
-    config = reward.parse_config(Config)
+    config = common.parse_config(Config)
     fields = {"id": str, "problem": str, "answer": str}
     if config.task == "map" or config.hard_cheats:  # cheats are told by comparison with the expert's text
         fields["solution"] = str
-    rows = reward.read_jsonl(config.data, fields)
-    tokenizer = reward.load_tokenizer(config.model)
+    rows = common.read_jsonl(config.data, fields)
+    tokenizer = common.load_tokenizer(config.model)
     if config.task == "map":
-        reward.same_tokenizer(tokenizer, config.model, reward.load_tokenizer(config.target), config.target)
+        common.same_tokenizer(tokenizer, config.model, common.load_tokenizer(config.target), config.target)
     for folder in dict.fromkeys((config.model, config.target)):
-        reward.weights_stamp(folder, config.max_model_len)  # ends here without weights, or with too short a context
-    rank, world, device = reward.init_distributed()
-    reward.check(config.groups % world == 0, f"--groups {config.groups} must be a multiple of the {world} processes")
+        common.weights_stamp(folder, config.max_model_len)  # ends here without weights, or with too short a context
+    rank, world, device = common.init_distributed()
+    common.check(config.groups % world == 0, f"--groups {config.groups} must be a multiple of the {world} processes")
     out = Path(config.output_dir)
-    reward.save_config(config, out)
+    common.save_config(config, out)
     if (out / "model").exists():
         return print(f"{out}: finished already") if rank == 0 else None
     rows = prepare(rows, tokenizer, config, rank)
 
-    vocab = reward.used_vocabulary(tokenizer)
-    llm = reward.start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, sleep=True)
+    vocab = common.used_vocabulary(tokenizer)
+    llm = common.start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, sleep=True)
     torch.manual_seed(config.seed)  # after the engine, which resets torch's generator
-    policy = reward.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
-    target = reward.load_model(config.target, device, train=False) if config.task == "map" else None
-    reference = reward.load_model(config.model, device, train=False) if config.beta_kl > 0 else None
+    policy = common.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    target = common.load_model(config.target, device, train=False) if config.task == "map" else None
+    reference = common.load_model(config.model, device, train=False) if config.beta_kl > 0 else None
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
-    first = reward.load_checkpoint(out, policy, optimizer)
-    done = reward.resume_metrics(out, first)
+    first = common.load_checkpoint(out, policy, optimizer)
+    done = common.resume_metrics(out, first)
 
     tau = 0.0
     if config.task == "map":
         # A(y°|x) of every demonstration, once; its spread is the unit in which a rewrite's gain is measured.
-        share = [(row["solve_ids"], reward.response_ids(tokenizer, row["solution"])) for row in rows[rank::world]]
-        scores = reward.score(target, share, config.micro_batch_tokens, device, desc="score expert texts")
+        share = [(row["solve_ids"], common.response_ids(tokenizer, row["solution"])) for row in rows[rank::world]]
+        scores = common.score(target, share, config.micro_batch_tokens, device, desc="score expert texts")
         known = dict(gather([(row["id"], s.mean().item()) for row, s in zip(rows[rank::world], scores)]))
         for row in rows:
             row["expert_align"] = known[row["id"]]
@@ -367,7 +368,7 @@ def main():
         # --- 1. sync: the engine gets the policy's weights (also at the start, and after a resume) ---
         if device.type == "cuda" and step > first:
             llm.wake_up(tags=["weights"])
-        sync_weights(policy, llm, reward.compute_dtype(device))
+        sync_weights(policy, llm, common.compute_dtype(device))
         if device.type == "cuda" and step > first:
             llm.wake_up(tags=["kv_cache"])
         clock.append(time.perf_counter())
@@ -418,7 +419,7 @@ def main():
             "elapsed": elapsed,
             "generated_tokens": generated,
             "grading_timeouts": sum(gather([reward.FAILURES["timeouts"]])),
-            "peak_memory": max(gather([reward.peak_memory(device)])),
+            "peak_memory": max(gather([common.peak_memory(device)])),
         }
         if rank == 0:
             with open(out / "metrics.jsonl", "a") as f:
@@ -438,20 +439,20 @@ def main():
             if not stats:
                 print(f"step {step + 1}: no group had any variance in its rewards; no update was made")
         if config.export_every and (step + 1) % config.export_every == 0:
-            reward.save_model(policy, tokenizer, out / f"model-{step + 1:06d}", reward.source_dtype(config.model))
+            common.save_model(policy, tokenizer, out / f"model-{step + 1:06d}", common.source_dtype(config.model))
         if config.save_every and (step + 1) % config.save_every == 0:
-            reward.save_checkpoint(out, step + 1, policy, optimizer)
+            common.save_checkpoint(out, step + 1, policy, optimizer)
 
     # --- the end: a plain Hugging Face folder ---
-    reward.stop_engine(llm)
+    common.stop_engine(llm)
     if rank == 0 and config.task == "map":
-        reward.write_text(out / "mapper.json", json.dumps({"align": config.align, "tau": tau}))
-    reward.save_model(policy, tokenizer, out / "model", reward.source_dtype(config.model))
-    reward.remove_checkpoints(out)
+        common.write_text(out / "mapper.json", json.dumps({"align": config.align, "tau": tau}))
+    common.save_model(policy, tokenizer, out / "model", common.source_dtype(config.model))
+    common.remove_checkpoints(out)
     if rank == 0:
         print(f"wrote {out / 'model'}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    reward.run(main)
+    common.run(main)

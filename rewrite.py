@@ -42,6 +42,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+import common
 import reward
 
 BLOCK = 256  # rows a rank scores between two flushes
@@ -75,11 +76,11 @@ class Config:
     seed: int = 0  # every request is seeded from (seed, prompt, id): the number of ranks does not matter
 
     def __post_init__(self):
-        check = reward.check
+        check = common.check
         check(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
         for name in ("target", "data", "output_dir"):
             check(getattr(self, name), f"--{name} is needed")
-        self.hard_cheats = reward.chosen_cheats(self.hard_cheats, default=self.method == "dart")
+        self.hard_cheats = common.chosen_cheats(self.hard_cheats, default=self.method == "dart")
         check(self.keep in KEEP, f"--keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
         check(self.weights in WEIGHTS, f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
         for name in ("samples", "max_tokens", "score_tokens"):
@@ -216,18 +217,18 @@ def generate(engine, config: Config, tokenizer, todo: list[tuple[dict, list[int]
     params = []
     for row, ids in todo:
         room = min(config.max_tokens, config.max_model_len - len(ids))
-        seed = reward.request_seed(config.seed, source, row["id"])
-        params.append(reward.sampling(tokenizer, config.samples, config.temperature, room, seed))
+        seed = common.request_seed(config.seed, source, row["id"])
+        params.append(common.sampling(tokenizer, config.samples, config.temperature, room, seed))
     clock, finished = time.time(), {}
-    with reward.open_part(output, f"candidates_{source}") as part:
-        for i, outputs in reward.generate(engine, [ids for _, ids in todo], params, desc=source):
+    with common.open_part(output, f"candidates_{source}") as part:
+        for i, outputs in common.generate(engine, [ids for _, ids in todo], params, desc=source):
             candidates = [
-                {"text": reward.decode(tokenizer, o.token_ids), "tokens": len(o.token_ids), "finish": o.finish_reason}
+                {"text": common.decode(tokenizer, o.token_ids), "tokens": len(o.token_ids), "finish": o.finish_reason}
                 for o in outputs
             ]
             clock, seconds = time.time(), time.time() - clock  # since the last row; they add up to the whole
             row = finished[todo[i][0]["id"]] = todo[i][0] | {"seconds": seconds, "candidates": candidates}
-            part.write(reward.json_line(row))
+            part.write(common.json_line(row))
     return finished
 
 
@@ -253,10 +254,10 @@ def judge(row: dict, candidates: list[dict], source: str, config: Config) -> lis
 def mean_align(model, tokenizer, pairs: list[tuple[str, str]], budget: int, device, desc: str) -> list[float]:
     """A(y|x) of (problem, text) pairs. Collective: every rank calls it, also with no pairs."""
     rows = [
-        (reward.prompt_ids(tokenizer, reward.solve_prompt(problem)), reward.response_ids(tokenizer, text))
+        (common.prompt_ids(tokenizer, reward.solve_prompt(problem)), common.response_ids(tokenizer, text))
         for problem, text in pairs
     ]
-    return [logprobs.mean().item() for logprobs in reward.score(model, rows, budget, device, desc)]
+    return [logprobs.mean().item() for logprobs in common.score(model, rows, budget, device, desc)]
 
 
 def report(scored: list[dict], train: list[dict], config: Config) -> dict:
@@ -288,27 +289,27 @@ def report(scored: list[dict], train: list[dict], config: Config) -> dict:
 
 
 def main():
-    config = reward.parse_config(Config)
+    config = common.parse_config(Config)
     sources, select = METHODS[config.method]
 
     # --- 1. prompts ---
-    rows = reward.read_jsonl(config.data, dict.fromkeys(("id", "problem", "solution", "answer"), str))
+    rows = common.read_jsonl(config.data, dict.fromkeys(("id", "problem", "solution", "answer"), str))
     rows = rows[: config.limit or None]
-    tokenizer = reward.load_tokenizer(config.target)
-    reward.same_tokenizer(reward.load_tokenizer(config.mapper), config.mapper, tokenizer, config.target)
-    stamps = [reward.weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
-    prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
+    tokenizer = common.load_tokenizer(config.target)
+    common.same_tokenizer(common.load_tokenizer(config.mapper), config.mapper, tokenizer, config.target)
+    stamps = [common.weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
+    prompts = {s: {row["id"]: common.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
     dropped = [i for i, length in longest.items() if length + 1 > config.max_model_len]
     rows = [row | {"weights": stamps} for row in rows if longest[row["id"]] + 1 <= config.max_model_len]
-    reward.check(rows, f"{config.data}: no demonstration's prompt fits --max_model_len {config.max_model_len}")
+    common.check(rows, f"{config.data}: no demonstration's prompt fits --max_model_len {config.max_model_len}")
     written = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share}
-    reward.check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
+    common.check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
     output = Path(config.output_dir)
-    reward.save_config(config, output, resumable=("output_dir", "score_tokens", "gpu_memory"))
-    scored = reward.read_parts(output, "scored", rows)
-    known = {source: reward.read_parts(output, f"candidates_{source}", rows) for source in sources}
-    rank, world, device = reward.init_distributed()
+    common.save_config(config, output, resumable=("output_dir", "score_tokens", "gpu_memory"))
+    scored = common.read_parts(output, "scored", rows)
+    known = {source: common.read_parts(output, f"candidates_{source}", rows) for source in sources}
+    rank, world, device = common.init_distributed()
     if dropped and rank == 0:
         print(f"{len(dropped)} prompts exceed --max_model_len {config.max_model_len}, dropped: {' '.join(dropped)}")
 
@@ -317,8 +318,8 @@ def main():
     rest = [row for row in rows if row["id"] not in scored]
     mine, engine = rest[rank::world], None
     if any(row["id"] in written and row["id"] not in known[source] for row in rest for source in sources):
-        vocab = reward.used_vocabulary(tokenizer)
-        engine = reward.start_engine(config.mapper, config.max_model_len, device, vocab, config.gpu_memory)
+        vocab = common.used_vocabulary(tokenizer)
+        engine = common.start_engine(config.mapper, config.max_model_len, device, vocab, config.gpu_memory)
     judged: dict[str, list[dict]] = {row["id"]: [] for row in mine}
     seconds = dict.fromkeys(judged, 0.0)
     for source in sources:
@@ -332,12 +333,12 @@ def main():
             seconds[row["id"]] += told["seconds"]
     if engine is not None:
         dist.barrier()
-        reward.stop_engine(engine)
+        common.stop_engine(engine)
 
     # --- 3. score, in blocks, so that a kill costs no more than one block ---
     if rest:
-        model = reward.load_model(config.target, device, train=False)
-        with reward.open_part(output, "scored") as part:
+        model = common.load_model(config.target, device, train=False)
+        with common.open_part(output, "scored") as part:
             for start in range(0, len(rest), BLOCK * world):
                 block = mine[start // world :][:BLOCK]
                 clock = time.time()
@@ -350,23 +351,23 @@ def main():
                 for row, expert in zip(block, experts):
                     told = {"expert_align": expert, "seconds": seconds[row["id"]], "score_seconds": per_row}
                     told["candidates"] = [c | {"align": next(aligns)} for c in judged[row["id"]]]
-                    part.write(reward.json_line(row | told))
+                    part.write(common.json_line(row | told))
     dist.barrier()
 
     # --- 4. select ---
     if rank == 0:
-        reward.merge_parts(output, "scored", [row["id"] for row in rows])
-        scored = list(reward.read_parts(output, "scored").values())
+        common.merge_parts(output, "scored", [row["id"] for row in rows])
+        scored = list(common.read_parts(output, "scored").values())
         train = [chosen for row in scored for chosen in select(row, row["candidates"], config)]
-        reward.check(
+        common.check(
             train,
             f"{config.data}: no problem has a text to keep; in a new --output_dir allow --fallback, or raise --samples",
         )
-        reward.write_text(output / "train.jsonl", "".join(map(reward.json_line, train)))
-        for path in [path for source in sources for path in reward.part_files(output, f"candidates_{source}")]:
+        common.write_text(output / "train.jsonl", "".join(map(common.json_line, train)))
+        for path in [path for source in sources for path in common.part_files(output, f"candidates_{source}")]:
             path.unlink()  # scored.jsonl holds them
         told = report(scored, train, config) | {"dropped": len(dropped), **reward.FAILURES}
-        reward.write_text(output / "metrics.jsonl", reward.json_line(told))
+        common.write_text(output / "metrics.jsonl", common.json_line(told))
         for name, value in told.items():
             print(f"{name:<28}{value:.4g}" if isinstance(value, float) else f"{name:<28}{value}")
         print(f"wrote {output / 'train.jsonl'}")
@@ -375,4 +376,4 @@ def main():
 
 
 if __name__ == "__main__":
-    reward.run(main)
+    common.run(main)

@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import common
 import reward
 
 PRESETS = {  # clipping to [1, 1] switches the ratio off
@@ -94,7 +95,7 @@ class Config:
     log_every: int = 1  # steps between rows of metrics.jsonl
 
     def __post_init__(self):
-        check = reward.check
+        check = common.check
         check(self.loss in PRESETS, f"--loss must be one of {', '.join(PRESETS)}, got {self.loss}")
         for name, value in PRESETS[self.loss].items():
             if getattr(self, name) is None:
@@ -158,15 +159,15 @@ def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
     Formed globally and dealt out in order of length, so that ranks which wait for each other in every pass have like
     work. The fewest passes are made, each as even as can be: 2 ranks share what would fit into a single micro-batch.
     """
-    count = -(-len(reward.micro_batches(lengths, budget)) // world) * world
+    count = -(-len(common.micro_batches(lengths, budget)) // world) * world
     low, high = 1, budget
     while low < high:  # the smallest budget that needs no more micro-batches than these
         middle = (low + high) // 2
-        if len(reward.micro_batches(lengths, middle)) <= count:
+        if len(common.micro_batches(lengths, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    batches = reward.micro_batches(lengths, high)
+    batches = common.micro_batches(lengths, high)
     batches += [[]] * (-len(batches) % world)
     return [batches[rank::world] for rank in range(world)]
 
@@ -176,15 +177,15 @@ def read_rows(config: Config) -> list[dict]:
     fields = {"id": str, "problem": str, "solution": str}
     if config.rho_low < config.rho_high:
         fields["align"] = float
-    return reward.read_jsonl(config.data, fields, ("id", "source", "sample"), optional={"weight": float})
+    return common.read_jsonl(config.data, fields, ("id", "source", "sample"), optional={"weight": float})
 
 
 def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[dict], list[str]]:
     """(prompt ids, response ids) of the rows that fit, these rows, and the ids of those that do not."""
     pairs, kept, dropped = [], [], []
     for row in rows:
-        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
-        response = reward.response_ids(tokenizer, row["solution"])
+        prompt = common.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
+        response = common.response_ids(tokenizer, row["solution"])
         if len(prompt) + len(response) > limit:
             dropped.append(row["id"])
         else:
@@ -194,7 +195,7 @@ def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[dict],
 
 
 def main():
-    config = reward.parse_config(Config)
+    config = common.parse_config(Config)
     folder = Path(config.output_dir)
 
     # --- 1. data, checked before any model is loaded ---
@@ -203,31 +204,31 @@ def main():
     rows = read_rows(config)
     first = 0  # the step this run starts from: its predecessor's last
     if config.start_from:
-        carried = reward.last_checkpoint(Path(config.start_from))
-        reward.check(carried, f"--start_from {config.start_from}: no checkpoint there (is its --schedule_steps set?)")
+        carried = common.last_checkpoint(Path(config.start_from))
+        common.check(carried, f"--start_from {config.start_from}: no checkpoint there (is its --schedule_steps set?)")
         first = int(carried.name.removeprefix("checkpoint-"))
-    tokenizer = reward.load_tokenizer(config.model)
+    tokenizer = common.load_tokenizer(config.model)
     source = AutoConfig.from_pretrained(config.model)
     limit = min(config.max_length, source.max_position_embeddings)
     pairs, kept, dropped = tokenize(tokenizer, rows, limit)
     weights = [float(row.get("weight", 1.0)) for row in kept]
     references = [float(row.get("align", 0.0)) for row in kept]  # mean_t log p_ref, read only if rho is on
-    reward.check(pairs, f"{config.data}: no row fits into {limit} tokens; raise --max_length")
+    common.check(pairs, f"{config.data}: no row fits into {limit} tokens; raise --max_length")
     steps = config.steps or math.ceil(config.epochs * len(pairs) / config.batch_size)
     end = first + steps
     total = config.schedule_steps or end
-    reward.check(end <= total, f"--schedule_steps must be at least {end} (steps {first} to {end}), got {total}")
-    reward.save_config(config, folder)
+    common.check(end <= total, f"--schedule_steps must be at least {end} (steps {first} to {end}), got {total}")
+    common.save_config(config, folder)
     if (folder / "model").exists():
         return print(f"{folder / 'model'} is there: this run is finished")
 
     # --- 2. model and optimizer ---
-    rank, world, device = reward.init_distributed()
+    rank, world, device = common.init_distributed()
     if rank == 0 and dropped:
         named = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
         print(f"{len(dropped)} of {len(rows)} rows are longer than {limit} tokens and are dropped: {named}", flush=True)
-    model = reward.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
-    reference = reward.load_model(config.model, device, train=False) if config.anchor > 0 else None
+    model = common.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    reference = common.load_model(config.model, device, train=False) if config.anchor > 0 else None
     parameters = list(model.parameters())
     betas = (config.beta1, config.beta2)
     groups = [
@@ -235,14 +236,14 @@ def main():
         dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0, betas=betas),
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr)
-    step = reward.load_checkpoint(folder, model, optimizer)
+    step = common.load_checkpoint(folder, model, optimizer)
     if not step and config.start_from:
-        step = reward.load_checkpoint(Path(config.start_from), model, optimizer)
+        step = common.load_checkpoint(Path(config.start_from), model, optimizer)
         for loaded, group in zip(optimizer.param_groups, groups):
             loaded.update(weight_decay=group["weight_decay"], betas=betas)  # the flags of this run, not of the other
 
     metrics = folder / "metrics.jsonl"
-    reward.resume_metrics(folder, step)  # what a killed run wrote beyond its last checkpoint is done again
+    common.resume_metrics(folder, step)  # what a killed run wrote beyond its last checkpoint is done again
 
     bar = tqdm(total=end, initial=step, desc=config.loss, unit="step", disable=rank > 0)
     while step < end:
@@ -258,7 +259,7 @@ def main():
         sums = torch.zeros(5, dtype=torch.float64, device=device)  # of loss, log p, w * p, rho and KL
         for part in deal(lengths, config.micro_batch_tokens, world)[rank]:
             chosen = [batch[i] for i in part]
-            input_ids, mask = reward.collate([pairs[i] for i in chosen], device)  # (B, T) both
+            input_ids, mask = common.collate([pairs[i] for i in chosen], device)  # (B, T) both
             logprobs, kl = model.token_logprobs(input_ids, mask, chunk=config.head_chunk, reference=reference)  # (n,)
             w = torch.tensor([weights[i] for i in chosen for _ in pairs[i][1]], device=device)  # (n,)
             rho = torch.ones_like(w)
@@ -278,7 +279,7 @@ def main():
 
         # --- 5. update ---
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).full_tensor().item()
-        reward.check(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; lower --lr")
+        common.check(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; lower --lr")
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -291,25 +292,25 @@ def main():
         if rank == 0 and (step % config.log_every == 0 or step == end):
             row = dict(step=step, epoch=(step - first) * config.batch_size / len(pairs), loss=loss, logprob=logprob)
             row |= dict(weighted_prob=prob, rho=rho, kl=kl, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
-            row |= dict(tokens_per_second=tokens / seconds, peak_memory=reward.peak_memory(device))
+            row |= dict(tokens_per_second=tokens / seconds, peak_memory=common.peak_memory(device))
             with metrics.open("a") as out:
                 out.write(json.dumps(row) + "\n")
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update()
         # the last step needs one only if somebody will carry the schedule on
         if total > end if step == end else config.save_every and step % config.save_every == 0:
-            reward.save_checkpoint(folder, step, model, optimizer)
+            common.save_checkpoint(folder, step, model, optimizer)
     bar.close()
 
     # --- 7. the trained model, a plain Hugging Face folder in the dtype it came in ---
-    reward.save_model(model, tokenizer, folder / "model", source.dtype or torch.float32)
+    common.save_model(model, tokenizer, folder / "model", source.dtype or torch.float32)
     if rank == 0:
         print(f"saved {folder / 'model'}", flush=True)
     if total == end:  # else another run carries on from the checkpoint
-        reward.remove_checkpoints(folder)
+        common.remove_checkpoints(folder)
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    reward.run(main)
+    common.run(main)

@@ -22,10 +22,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import reward
+import common
 
 GIB = 2**30
-SCORE_CHUNK = reward.token_logprobs.__defaults__[2]  # scoring leaves the chunk at its default
+SCORE_CHUNK = common.token_logprobs.__defaults__[2]  # scoring leaves the chunk at its default
 SUMS = "{:,.0f} tokens generated in {:.2f} hours, {:,.0f} trained in {:.2f} hours (with scoring)"
 LOWER = "micro_batch_tokens score_tokens head_chunk gpu_memory max_length max_model_len".split()  # in this order
 
@@ -99,7 +99,7 @@ def asked(s, n: int, tokens: int = 0, b: int = 2) -> dict:
 
 def engine(s, c, m: Config, b: int = 2) -> dict:
     """{moment: parts} of vLLM: the least it needs beside what it may not take; its share, all of which it takes."""
-    # Its longest pass, estimated: max_num_batched_tokens (reward.start_engine) with three states as wide as the MLP and
+    # Its longest pass, estimated: max_num_batched_tokens (common.start_engine) with three states as wide as the MLP and
     # four hidden ones; seven fp32 copies of the logits in the sampler, for its default number of sequences.
     passing = max(c.max_model_len, 8192) * b * (3 * s.intermediate + 4 * s.hidden)
     held = b * s.weights + passing + 7 * 4 * s.vocab * (1024 if m.gpu_gib >= 70 else 256)
@@ -109,7 +109,7 @@ def engine(s, c, m: Config, b: int = 2) -> dict:
 
 
 def sharding(s, n: int, b: int) -> float:
-    """Bytes while a model is sharded (reward.load_model): one layer, or the root, is there as a whole beside shards."""
+    """Bytes while a model is sharded (common.load_model): one layer, or the root, is there as a whole beside shards."""
     return b * (s.weights / n + max(s.layer, s.root))
 
 
@@ -158,7 +158,7 @@ def sft(c, r, m: Config, n: int) -> tuple:
 
 
 def evaluate(c, r, m: Config, n: int) -> tuple:
-    reward.check(c.models, "evaluate.py without --models only compares: leave this line out")
+    common.check(c.models, "evaluate.py without --models only compares: leave this line out")
     answers = sum(min(count, c.limit or count) for count in r.benchmarks) * len(r.models) * (c.samples + c.greedy)
     return engine(r.models[0], c, m), answers * min(m.response_tokens, c.max_tokens), 0, 0
 
@@ -167,11 +167,11 @@ def read_line(line: str, m: Config) -> tuple:
     """A command line -> function above and Config of its stage, which itself refuses flags that it does not have."""
     words, stages = shlex.split(line), {f"{stage.__name__}.py": stage for stage in (mapper_rl, rewrite, sft, evaluate)}
     script = next((word for word in words if Path(word).name in stages), None)
-    reward.check(script, f"no stage in this line, it must start one of {', '.join(stages)}: {line}")
+    common.check(script, f"no stage in this line, it must start one of {', '.join(stages)}: {line}")
     processes = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", line)
-    reward.check(not processes or int(processes[1]) == m.gpus, f"--gpus {m.gpus} is not what this asks for: {line}")
+    common.check(not processes or int(processes[1]) == m.gpus, f"--gpus {m.gpus} is not what this asks for: {line}")
     sys.argv = words[words.index(script) :]
-    return stages[Path(script).name], reward.parse_config(importlib.import_module(Path(script).stem).Config)
+    return stages[Path(script).name], common.parse_config(importlib.import_module(Path(script).stem).Config)
 
 
 def read_files(c, m: Config, written: dict) -> SimpleNamespace:
@@ -181,12 +181,12 @@ def read_files(c, m: Config, written: dict) -> SimpleNamespace:
         try:
             return written.get(Path(folder).parent) or shape_of(AutoConfig.from_pretrained(folder))
         except (OSError, ValueError) as error:
-            reward.die(f"{folder}: no such model, and no stage before writes it ({str(error).splitlines()[0]})")
+            common.die(f"{folder}: no such model, and no stage before writes it ({str(error).splitlines()[0]})")
 
     def rows(path: str, otherwise: int) -> int:
         if Path(path).is_file():
             return sum(1 for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
-        reward.check(otherwise, f"{path} is not there yet: give --rows, the number of rows that it will have")
+        common.check(otherwise, f"{path} is not there yet: give --rows, the number of rows that it will have")
         print(f"    {path} is not there yet: taken to have {otherwise} rows")
         return otherwise
 
@@ -219,11 +219,11 @@ def remedy(stage, c, r, m: Config, n: int) -> str:
 
 
 def main():
-    m = reward.parse_config(Config)
-    reward.check(min(m.gpus, m.nodes, m.tflops, m.mfu, m.decode_tokens_per_second) > 0, "set GPUs and rates above 0")
+    m = common.parse_config(Config)
+    common.check(min(m.gpus, m.nodes, m.tflops, m.mfu, m.decode_tokens_per_second) > 0, "set GPUs and rates above 0")
     visible = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     m.gpu_gib = m.gpu_gib or min(visible, default=0) / GIB
-    reward.check(m.gpu_gib, "there is no GPU here: give --gpu_gib, the memory of one GPU in GiB")
+    common.check(m.gpu_gib, "there is no GPU here: give --gpu_gib, the memory of one GPU in GiB")
     n, written, misfits, totals = m.gpus * m.nodes, {}, [], [0.0] * 4
     for line in filter(str.strip, sys.stdin):
         print(f"\n{line.strip()}")

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import reward
 
 PROBLEMS = 4  # whose texts are shown
@@ -70,7 +71,7 @@ def find_stages(runs: list[Path]) -> list[Stage]:
         stages += [Stage(f, run, label) for f in folders if "config" in json.loads((f / "config.json").read_text())]
     known = ("mapper_rl", "rewrite", "sft", "evaluate")
     stages = [stage for stage in stages if stage.script in known]
-    reward.check(stages, f"{', '.join(map(str, runs))}: no stage below (no config.json of {', '.join(known)})")
+    common.check(stages, f"{', '.join(map(str, runs))}: no stage below (no config.json of {', '.join(known)})")
     return stages
 
 
@@ -262,7 +263,7 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
         row = json.loads(line)
         first.setdefault(row["id"], row["text"]) if row["step"] <= 5 else None
         last[row["id"]] = row["text"]
-    demos = {r["id"]: r for r in reward.read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
+    demos = {r["id"]: r for r in common.read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
     mine = (mapper.folder / "model").resolve()
     for stage in stages:
         if stage.script == "rewrite" and Path(stage.config["mapper"]).resolve() == mine:
@@ -295,14 +296,14 @@ def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list
         if not Path(target).is_dir() and not Path(mapper.config["data"]).is_file():
             missing.append(f"texts of {mapper.name}: {target} or {mapper.config['data']} is not here")
             continue
-        tokenizer, model = reward.load_tokenizer(target), reward.load_model(target, device, train=False)
+        tokenizer, model = common.load_tokenizer(target), common.load_model(target, device, train=False)
 
         def ask(pairs, tokenizer=tokenizer, model=model):
             rows = [
-                (reward.prompt_ids(tokenizer, reward.solve_prompt(x)), reward.response_ids(tokenizer, y))
+                (common.prompt_ids(tokenizer, reward.solve_prompt(x)), common.response_ids(tokenizer, y))
                 for x, y in pairs
             ]
-            return [ids for _, ids in rows], reward.score(model, rows, 8192, device)
+            return [ids for _, ids in rows], common.score(model, rows, 8192, device)
 
         own = own_answers(target, found)
         if own and target not in levels:
@@ -415,7 +416,7 @@ def markdown(title: str, found: list[dict], drawn: list, shown: list[dict], miss
         lines += ["## Accuracy", "", TABLE.format(found[0]["sampling"]), ""]
         lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
     for number, (name, told, svg) in enumerate(drawn, 1):
-        reward.write_text(folder / f"figure-{number}.svg", svg)
+        common.write_text(folder / f"figure-{number}.svg", svg)
         lines += [f"## {name}", "", told, "", f"![{name}](figure-{number}.svg)", ""]
     lines += ["## Texts under the target's eyes", "", f"{TEXTS} Below {UNLIKELY:g}: bold.", ""] if shown else []
     for one in shown:
@@ -431,7 +432,7 @@ def main():
     parser.add_argument("--out", type=Path, help="where report.html and report.md go; default: the (first) RUN")
     args = parser.parse_args()
     for run in args.runs:
-        reward.check(run.is_dir(), f"{run}: no such folder; name the output folder of a stage, or one above several")
+        common.check(run.is_dir(), f"{run}: no such folder; name the output folder of a stage, or one above several")
     stages = find_stages(args.runs)
     found = scores(stages)
     kinds = {(s.script, s.config.get("task")) for s in stages if s.rows}
@@ -442,14 +443,14 @@ def main():
         "sft": "fine-tuning (sft.py)",
     }
     missing = [told for script, told in wanted.items() if script not in {s for s, task in kinds if task != "solve"}]
-    reward.init_distributed()
+    common.init_distributed()
     levels, shown, gaps = look(stages, found)
     drawn = figures(stages, found, levels)
     out = args.out or args.runs[0]
     out.mkdir(parents=True, exist_ok=True)
     title = " and ".join(str(run) for run in args.runs)
-    reward.write_text(out / "report.html", page(title, found, drawn, shown, missing + gaps))
-    reward.write_text(out / "report.md", markdown(title, found, drawn, shown, missing + gaps, out))
+    common.write_text(out / "report.html", page(title, found, drawn, shown, missing + gaps))
+    common.write_text(out / "report.md", markdown(title, found, drawn, shown, missing + gaps, out))
     print(f"wrote {out / 'report.html'} and report.md")
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from toy_world import steps_right, style
 
+import common
 import reward
 
 ROUNDS = range(1, 5)  # of RASFT, in runs/compare.sh
@@ -124,14 +125,14 @@ def oracle_alignment(seed: Path) -> float:
     import torch
 
     base = str(seed / "world/base")
-    tokenizer = reward.load_tokenizer(base)
+    tokenizer = common.load_tokenizer(base)
     pairs = [
-        (reward.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), reward.response_ids(tokenizer, r["solution"]))
+        (common.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), common.response_ids(tokenizer, r["solution"]))
         for r in read_rows(seed / "world/oracle.jsonl")
     ]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model = reward.load_model(base, device, train=False)
-    return float(np.mean([s.mean().item() for s in reward.score(model, pairs, 4096, device)]))
+    model = common.load_model(base, device, train=False)
+    return float(np.mean([s.mean().item() for s in common.score(model, pairs, 4096, device)]))
 
 
 def dart_checks(arm: Path) -> dict[str, float]:
@@ -221,14 +222,14 @@ def collect(seed: Path) -> dict:
 
 def main():
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "out/toy")
-    reward.init_distributed()
+    common.init_distributed()
 
     # --- 1. collect ---
     for path in sorted(out.glob("seed*/eval")):
         if list(path.glob("*/summary.json")):
-            reward.write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
+            common.write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
     kept = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("seed*.json"))}
-    reward.check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
+    common.check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
     seeds = list(kept)
     arms: dict = {}
     for arm in ARMS:
@@ -291,9 +292,9 @@ def main():
         rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
         lines += table(["", *ablations], rows)
     text = "\n".join(lines)
-    reward.write_text(out / "report.md", text)
+    common.write_text(out / "report.md", text)
     data = {"arms": arms, "grpo_curve": curves, "dart": checks, "ablations": ablations}
-    reward.write_text(out / "report.json", json.dumps(data, indent=1))
+    common.write_text(out / "report.json", json.dumps(data, indent=1))
     print(f"\n{text}\nwrote {out / 'report.md'} and {out / 'report.json'}")
     dist.destroy_process_group()
 

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 import reward
 
 if __name__ != "__mp_main__":  # grading workers re-import this file and need no torch
@@ -65,15 +66,15 @@ class Config:
 
     def __post_init__(self):
         for name in ("demos", "benchmark_rows", "layers", "pretrain_tokens", "accumulate"):
-            reward.check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
-        reward.check(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
-        reward.check(
+            common.check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
+        common.check(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
+        common.check(
             self.hidden_size > 0 and self.hidden_size % 64 == 0,
             f"--hidden_size must be a multiple of 64, got {self.hidden_size}",
         )
-        reward.check(0 <= self.map_share < 1, f"--map_share must be in [0, 1), got {self.map_share}")
-        reward.check(self.batch_tokens >= 512, f"--batch_tokens must be at least 512, got {self.batch_tokens}")
-        reward.check(0 < self.learning_rate < 1, f"--learning_rate must be in (0, 1), got {self.learning_rate}")
+        common.check(0 <= self.map_share < 1, f"--map_share must be in [0, 1), got {self.map_share}")
+        common.check(self.batch_tokens >= 512, f"--batch_tokens must be at least 512, got {self.batch_tokens}")
+        common.check(0 < self.learning_rate < 1, f"--learning_rate must be in (0, 1), got {self.learning_rate}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def build_model(config: Config, tokenizer):
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=reward.stop_id(tokenizer),
+            eos_token_id=common.stop_id(tokenizer),
             bos_token_id=None,
         )
     )
@@ -294,15 +295,15 @@ def map_row(rng: random.Random) -> tuple[str, str]:
 
 
 def encode(tokenizer, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """What reward.prompt_ids and reward.response_ids give, for many rows at once (a template a row is slow)."""
+    """What common.prompt_ids and common.response_ids give, for many rows at once (a template a row is slow)."""
     before, after = tokenizer.apply_chat_template(
         [{"role": "user", "content": "@"}], add_generation_prompt=True, tokenize=False
     ).split("@")
     prompts = tokenizer([before + p + after for p, _ in rows], add_special_tokens=False)["input_ids"]
     responses = tokenizer([r for _, r in rows], add_special_tokens=False)["input_ids"]
-    encoded = [(p, r + [reward.stop_id(tokenizer)]) for p, r in zip(prompts, responses)]
-    first = (reward.prompt_ids(tokenizer, rows[0][0]), reward.response_ids(tokenizer, rows[0][1]))
-    reward.check(encoded[0] == first, "the toy's tokenizer and reward.py disagree on a prompt: the world is broken")
+    encoded = [(p, r + [common.stop_id(tokenizer)]) for p, r in zip(prompts, responses)]
+    first = (common.prompt_ids(tokenizer, rows[0][0]), common.response_ids(tokenizer, rows[0][1]))
+    common.check(encoded[0] == first, "the toy's tokenizer and reward.py disagree on a prompt: the world is broken")
     return encoded
 
 
@@ -317,7 +318,7 @@ def batches(config: Config, tokenizer, rng: random.Random):
                 fresh = encode(tokenizer, [kind(rng) for _ in range(200)])
                 rows += fresh
                 tokens += sum(len(p) + len(r) for p, r in fresh)
-        groups = reward.micro_batches([len(p) + len(r) for p, r in rows], config.batch_tokens)
+        groups = common.micro_batches([len(p) + len(r) for p, r in rows], config.batch_tokens)
         rng.shuffle(groups)
         for group in groups:
             yield [rows[i] for i in group]
@@ -347,8 +348,8 @@ def pretrain(config: Config, model, tokenizer) -> None:
             count = sum(len(r) for part in parts for _, r in part)
             loss = 0.0
             for part in parts:
-                input_ids, mask = reward.collate(part, "cpu")
-                logprobs, _ = reward.token_logprobs(model, input_ids, mask, chunk=4096)
+                input_ids, mask = common.collate(part, "cpu")
+                logprobs, _ = common.token_logprobs(model, input_ids, mask, chunk=4096)
                 part_loss = -logprobs.sum() / count
                 part_loss.backward()
                 loss += part_loss.item()
@@ -409,15 +410,15 @@ def data_files(config: Config) -> dict[str, list[dict]]:
 
 
 def main():
-    config = reward.parse_config(Config)
+    config = common.parse_config(Config)
     folder = Path(config.output_dir)
-    reward.save_config(config, folder)
+    common.save_config(config, folder)
     started = time.perf_counter()
 
     # --- 1. data ---
     for name, rows in data_files(config).items():
         if not (folder / name).exists():
-            reward.write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            common.write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"data: {time.perf_counter() - started:.1f} s")
 
     # --- 2. base model ---
@@ -438,4 +439,4 @@ def main():
 
 
 if __name__ == "__main__":
-    reward.run(main)
+    common.run(main)

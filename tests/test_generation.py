@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, sum_demonstrations
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import common
 import evaluate
 import reward
 import rewrite
@@ -173,7 +174,7 @@ def test_evaluation_files(world, evaluations, tiny_model):
     # The greedy answer is the one that a plain implementation finds under the prompt that training uses.
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for row in read(folder / "tiny" / "sums.jsonl")[:3]:
-        ids = torch.tensor([reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))])
+        ids = torch.tensor([common.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))])
         options = dict(do_sample=False, max_new_tokens=30, pad_token_id=2, attention_mask=torch.ones_like(ids))
         assert row["completions"][3]["text"] == tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] : -1])
 
@@ -292,7 +293,7 @@ def test_rewrite_files(world, rewrites, tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def plain_align(problem: str, text: str) -> float:
-        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(problem))
+        prompt = common.prompt_ids(tokenizer, reward.solve_prompt(problem))
         ids = torch.tensor([prompt + tokenizer.encode(text) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]])
         with torch.no_grad():
             logp = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
@@ -471,7 +472,7 @@ def test_rasft_rolls_out_a_share_with_the_current_model(world, tiny_model):
     told = json.loads((folder / "metrics.jsonl").read_text())
     assert 0 < told["weight/self"] < 1 and told["weight/self"] + told["weight/expert"] == pytest.approx(1)
     # sft.py takes them all: a problem may stand several times
-    sft_rows = reward.read_jsonl(str(folder / "train.jsonl"), {"align": float}, ("id", "source", "sample"))
+    sft_rows = common.read_jsonl(str(folder / "train.jsonl"), {"align": float}, ("id", "source", "sample"))
     assert len(sft_rows) == len(train) > len(scored)
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from conftest import ROOT, sum_demonstrations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
 import mapper_rl
 import reward
 
@@ -173,7 +174,7 @@ def make_rollouts(tokenizer, count: int) -> list[dict]:
     for i in range(count):
         length = 3 + 5 * i % 17
         ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
-        prompt = reward.prompt_ids(tokenizer, f"Add {i} and {'1' * (i % 3 + 1)}.")
+        prompt = common.prompt_ids(tokenizer, f"Add {i} and {'1' * (i % 3 + 1)}.")
         logprobs = (-10 + 3 * torch.randn(length, generator=generator)).tolist()
         advantage = 0.3 * torch.randn((), generator=generator).item()
         rollouts.append(dict(prompt_ids=prompt, ids=ids, logprobs=logprobs, advantage=advantage))
@@ -244,12 +245,12 @@ def plain_update(folder: str, reference: str, rollouts: list[dict], config: mapp
 
 def own_update(folder: str, reference: str, rollouts: list[dict], config: mapper_rl.Config, lr: float, device):
     """mapper_rl.update with plain descent: the change of the weights is the gradient."""
-    policy = reward.load_model(folder, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
-    other = reward.load_model(reference, device, train=False)
-    vocab = reward.used_vocabulary(AutoTokenizer.from_pretrained(folder))
+    policy = common.load_model(folder, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    other = common.load_model(reference, device, train=False)
+    vocab = common.used_vocabulary(AutoTokenizer.from_pretrained(folder))
     optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
     stats = mapper_rl.update(policy, other, optimizer, rollouts, config, vocab, device)
-    return stats, dict(reward.full_weights(policy, torch.float32))
+    return stats, dict(common.full_weights(policy, torch.float32))
 
 
 def agree(got: tuple, expected: tuple, start: dict, tolerance: float) -> None:
@@ -280,7 +281,7 @@ def test_update_equals_the_plain_one(tiny_model, other_model, lone, case):
     defaults = {"temperature": 1.3, "max_grad_norm": 1e9, "gradient_checkpointing": False}
     config = make_config(**(defaults | CASES[case]))
     rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 7)
-    *_, device = reward.init_distributed()
+    *_, device = common.init_distributed()
     lr = 1.0 if config.passes == 1 else 0.02  # a first pass that does not leave the neighbourhood
     got = own_update(tiny_model, other_model, rollouts, config, lr, device)
     expected = plain_update(tiny_model, other_model, rollouts, config, lr)
@@ -292,7 +293,7 @@ def test_update_equals_the_plain_one(tiny_model, other_model, lone, case):
 
 def test_gradient_is_clipped_to_a_global_norm(tiny_model, other_model, lone):
     rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 4)
-    *_, device = reward.init_distributed()
+    *_, device = common.init_distributed()
     stats, after = own_update(tiny_model, other_model, rollouts, make_config(max_grad_norm=0.01), 1.0, device)
     before = weights_of(tiny_model)
     moved = math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in after))
@@ -302,11 +303,11 @@ def test_gradient_is_clipped_to_a_global_norm(tiny_model, other_model, lone):
 SHARES = """
 import json, sys
 import torch
-import mapper_rl, reward, test_mapper_rl
+import common, mapper_rl, reward, test_mapper_rl
 
 def main():
     folder, reference, out = sys.argv[1:]
-    rank, world, device = reward.init_distributed()
+    rank, world, device = common.init_distributed()
     rollouts = json.load(open(out + "/rollouts.json"))
     for name, (case, shares) in json.load(open(out + "/cases.json")).items():
         mine = [rollouts[i] for i in shares[rank]]
@@ -316,7 +317,7 @@ def main():
             torch.save(result, f"{out}/{name}.pt")
 
 if __name__ == "__main__":
-    reward.run(main)
+    common.run(main)
 """
 
 
@@ -337,7 +338,7 @@ def test_shares_of_two_processes_do_not_change_the_update(tiny_model, other_mode
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     finish(subprocess.Popen(python + arguments, env=env, start_new_session=True, **pipes))
-    *_, device = reward.init_distributed()
+    *_, device = common.init_distributed()
     before = weights_of(tiny_model)
     for name, (case, _) in cases.items():
         alone = own_update(tiny_model, other_model, rollouts, make_config(**case), 0.1, device)
@@ -345,9 +346,9 @@ def test_shares_of_two_processes_do_not_change_the_update(tiny_model, other_mode
 
 
 def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model, lone):
-    tokenizer = reward.load_tokenizer(tiny_model)
-    *_, device = reward.init_distributed()
-    target = reward.load_model(tiny_model, device, train=False)
+    tokenizer = common.load_tokenizer(tiny_model)
+    *_, device = common.init_distributed()
+    target = common.load_model(tiny_model, device, train=False)
     [row] = mapper_rl.prepare(sum_demonstrations(1), tokenizer, make_config(max_tokens=50, max_model_len=300), 0)
     row["expert_align"] = -1.5
     a, b, c = row["problem"][4], row["problem"][10], row["answer"]
@@ -357,7 +358,7 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
         config = make_config(align=align, temperature=0.5, hard_weight=0.7)
         rollouts = []
         for text in texts:
-            ids = reward.response_ids(tokenizer, text)
+            ids = common.response_ids(tokenizer, text)
             shared = dict(row=row, prompt_ids=row["prompt_ids"], ids=ids, logprobs=[-0.5] * len(ids), text=text)
             rollouts += [shared | {"ended": True}, shared | {"ended": False}]
         mapper_rl.add_rewards(rollouts, target, 0.8, config, device)
@@ -438,7 +439,7 @@ def test_map_run(straight, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
-    assert model.generation_config.eos_token_id == reward.stop_id(tokenizer)
+    assert model.generation_config.eos_token_id == common.stop_id(tokenizer)
     assert distance(model.state_dict(), weights_of(tiny_model)) > 1e-3
     assert json.loads((out / "mapper.json").read_text()) == {"align": "nll", "tau": 0.5}
     assert json.loads((out / "config.json").read_text())["config"]["lr"] == 1e-3
@@ -468,7 +469,7 @@ def test_killed_and_started_again(straight, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (out / "model").exists(), "the run was over before it was killed"
-    assert reward.last_checkpoint(out).name == "checkpoint-000002"
+    assert common.last_checkpoint(out).name == "checkpoint-000002"
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "rew')  # a line that the kill cut short
     finish(start(flags))
@@ -501,12 +502,12 @@ def test_solve_run_and_problems_that_are_too_long(straight, tmp_path):
 
 DRIVER = """
 import sys
-import mapper_rl, reward
+import common, mapper_rl, reward
 
 {change}
 
 if __name__ == "__main__":
-    reward.run(mapper_rl.main)
+    common.run(mapper_rl.main)
 """
 
 CONSTANT = """
@@ -642,7 +643,7 @@ def test_bad_input_ends_at_once_with_one_line(
     flags = {"max_model_len": 160} | {k: bad_models.get(v, v) for k, v in flags.items()}
     if words is None:
         monkeypatch.setattr(sys, "argv", ["mapper_rl.py", *command(flags)])
-        assert reward.parse_config(mapper_rl.Config).hard_cheats == ["hedged"]
+        assert common.parse_config(mapper_rl.Config).hard_cheats == ["hedged"]
         return
     line = fails(flags, monkeypatch, capsys)
     assert all(word in line for word in words), line

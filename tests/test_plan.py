@@ -1,6 +1,6 @@
 """runs/plan.py: its memory against the measured peak of real updates, its numbers against numbers worked out by hand.
 
-The measurement is a fresh process on the CPU: reward.load_model (FSDP2, one process), one tiny update that makes the
+The measurement is a fresh process on the CPU: common.load_model (FSDP2, one process), one tiny update that makes the
 optimizer's state, then an update of two micro-batches, whose peak is read from the kernel (VmHWM).
 """
 
@@ -58,11 +58,11 @@ def measure(folder: str, rows: int, chunk: int, recompute: bool) -> dict:
     """Bytes: `resting` (weights and optimizer's state, between two updates), `update` (what one takes beyond that)."""
     import torch
 
-    import reward
+    import common
 
-    device = reward.init_distributed()[2]
+    device = common.init_distributed()[2]
     before = status("RssAnon")
-    model = reward.load_model(folder, device, train=True, gradient_checkpointing=recompute)
+    model = common.load_model(folder, device, train=True, gradient_checkpointing=recompute)
     optimizer = torch.optim.AdamW(model.parameters())
 
     def backward(rows: int) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import common
 import reward
 import sft
 
@@ -33,7 +34,8 @@ def make_rows(count: int) -> list[dict]:
 
 
 def write(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    path.write_text(lines, encoding="utf-8", errors="surrogateescape")  # "\udcff": the lone byte 255
     return str(path)
 
 
@@ -177,12 +179,12 @@ def test_dft_is_ce_times_probability_with_the_gradient_of_minus_p():
 
 def test_ratio_is_one_at_the_start_and_moves(tiny_model, tmp_path, monkeypatch):
     """RASFT's reference is one number a row, rewrite.py's A(y|x); while the model is still the reference, rho = 1."""
-    tokenizer, rows = reward.load_tokenizer(tiny_model), make_rows(6)
+    tokenizer, rows = common.load_tokenizer(tiny_model), make_rows(6)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for row in rows:
-        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
-        input_ids, mask = reward.collate([(prompt, reward.response_ids(tokenizer, row["solution"]))], "cpu")
-        row["align"] = reward.token_logprobs(model, input_ids, mask)[0].mean().item()
+        prompt = common.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
+        input_ids, mask = common.collate([(prompt, common.response_ids(tokenizer, row["solution"]))], "cpu")
+        row["align"] = common.token_logprobs(model, input_ids, mask)[0].mean().item()
     flags = dict(model=tiny_model, data=write(tmp_path / "data.jsonl", rows), steps=5, batch_size=6, lr=1e-2)
     got = train(monkeypatch, loss="rasft", output_dir=tmp_path / "rasft", **flags)
     dft = train(monkeypatch, loss="dft", output_dir=tmp_path / "dft", **flags)
@@ -209,11 +211,11 @@ def test_weight_multiplies_the_numerator_only(tiny_model, tmp_path, monkeypatch)
 
 
 def test_stop_is_learnt_and_padding_is_not(tiny_model):
-    tokenizer = reward.load_tokenizer(tiny_model)
+    tokenizer = common.load_tokenizer(tiny_model)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    rows = [(reward.prompt_ids(tokenizer, "Q"), reward.response_ids(tokenizer, text)) for text in ("1+1=2", "7")]
+    rows = [(common.prompt_ids(tokenizer, "Q"), common.response_ids(tokenizer, text)) for text in ("1+1=2", "7")]
     rows.append(([5, 6], [0, 7, 0]))  # a response may hold the very id that pads
-    input_ids, mask = reward.collate(rows, "cpu")
+    input_ids, mask = common.collate(rows, "cpu")
     for i, (_, response) in enumerate(rows):
         assert input_ids[i][mask[i]].tolist() == response
     assert [response[-1] for _, response in rows[:2]] == [stop, stop]
@@ -241,7 +243,7 @@ def test_chunked_head_equals_whole_logits(tiny_model, temperature, cut):
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    got, got_entropy = reward.token_logprobs(model, input_ids, mask, temperature, vocab if cut else None, chunk=5)
+    got, got_entropy = common.token_logprobs(model, input_ids, mask, temperature, vocab if cut else None, chunk=5)
     (coefficient * got).mean().backward()
     assert (got - plain).abs().max() < 1e-5
     assert (got_entropy - entropy).abs().max() < 1e-5
@@ -261,7 +263,7 @@ def test_chunked_divergence_equals_whole_logits():
     chosen = policy.gather(-1, targets[:, None])[:, 0]
     expected = torch.autograd.grad((a * chosen + b * plain).sum(), leaves)
 
-    logprobs, kl = reward.chunked_logprobs(hidden, head, targets, chunk=4, reference=(ref_hidden, ref_head))
+    logprobs, kl = common.chunked_logprobs(hidden, head, targets, chunk=4, reference=(ref_hidden, ref_head))
     assert torch.allclose(kl, plain, atol=1e-5) and torch.allclose(logprobs, chosen, atol=1e-5)
     for got, want in zip(torch.autograd.grad((a * logprobs + b * kl).sum(), leaves), expected):
         assert torch.allclose(got, want, atol=1e-4)
@@ -271,7 +273,7 @@ def test_head_is_fp32_for_bf16_states():
     torch.manual_seed(0)
     hidden, head = torch.randn(20, 32).bfloat16(), torch.randn(500, 32).bfloat16()
     targets = torch.randint(0, 500, (20,))
-    got, _ = reward.chunked_logprobs(hidden, head, targets, chunk=6)
+    got, _ = common.chunked_logprobs(hidden, head, targets, chunk=6)
     expected = (hidden.double() @ head.double().T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     assert got.dtype == torch.float32 and (got - expected).abs().max() < 1e-4
 
@@ -354,7 +356,7 @@ def test_killed_and_resumed_equals_uninterrupted(straight, tmp_path, processes):
     flags, expected = straight
     flags = flags | {"output_dir": tmp_path / "out"}
     kill_after(start(flags, processes), tmp_path / "out", 10)
-    checkpoint = reward.last_checkpoint(tmp_path / "out")
+    checkpoint = common.last_checkpoint(tmp_path / "out")
     assert checkpoint and int(checkpoint.name[-6:]) % 7 == 0
     with (tmp_path / "out/metrics.jsonl").open("a") as out:
         out.write('{"step": 39, "lo')  # a row that the kill cut short
@@ -429,7 +431,7 @@ def test_final_folder_is_a_plain_model_in_the_dtype_it_came_in(tiny_model, tmp_p
     assert model.dtype == before.dtype == torch.bfloat16
     assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
-    assert model.generation_config.eos_token_id == reward.stop_id(tokenizer)
+    assert model.generation_config.eos_token_id == common.stop_id(tokenizer)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert json.loads((tmp_path / "out/config.json").read_text())["config"]["lr"] == 1e-2
 
@@ -450,6 +452,7 @@ BAD = [
     ({"data": "nowhere.jsonl"}, None, ["nowhere.jsonl", "no such file"]),
     ({}, [], ["data.jsonl", "empty"]),
     ({}, [GOOD[0], "{oops"], ["data.jsonl, line 2", "not JSON"]),
+    ({}, [GOOD[0], "\udcff"], ["data.jsonl, line 2", "not UTF-8"]),
     ({}, [GOOD[0], {"id": "x", "problem": "p"}], ["line 2", "'solution'", "missing"]),
     ({}, [GOOD[0] | {"problem": " "}], ["line 1", "'problem'", "empty"]),
     ({}, [GOOD[0] | {"solution": 7}], ["line 1", "'solution'", "str", "7"]),
