@@ -600,14 +600,15 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     """Every term of HARD (0 or 1) and of SOFT ([0, 1]), by name."""
     found, stated, source = boxes(rewrite), _STATED.search(rewrite), _SOURCE.search(rewrite)
     claims = statements(rewrite)
-    given = [start for start, *_ in found] + ([stated.start()] if stated else [])  # where the answer is given
+    given = [(start, end) for start, end, _ in found] + ([stated.span()] if stated else [])  # where the answer is given
     inside = {content or "" for *_, content in found}
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
     length, expected = _length(rewrite), _length(expert)
     reasoning = rewrite[: found[0][0]] if found else rewrite
     skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.5
     return {
-        "early_answer": float(any(start < 0.25 * len(rewrite) for start in given)),
+        # little before it, measured on the rest: a long answer behind a short solution is not early
+        "early_answer": float(any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given)),
         "no_reasoning": float(length < 0.25 * expected or skipped),
         "mentions_source": float(bool(source) and source[0].lower() not in (problem + expert).lower()),
         "hedged": float(len(set(map(_normal, inside))) > 1 or either),

@@ -207,6 +207,7 @@ HONEST = [
     (PROBLEM, EXPERT, EXPERT, "7"),
     (PROBLEM, NATIVE, EXPERT, "7"),
     (PROBLEM, "three minus eleven is minus eight. Hence \\boxed{-8}", r"3-11=-8. \boxed{-8}", "-8"),
+    ("Expand f=(x+1)^3.", r"$f=\boxed{x^{3}+3x^{2}+3x+1}$.", r"$f=\boxed{x^{3}+3x^{2}+3x+1}$.", "x^{3}+3x^{2}+3x+1"),
     ("The given solution of acid has 5 liters.", r"5+3=8. \boxed{8}", r"The given solution: 5+3=8. \boxed{8}", "8"),
 ]
 
