@@ -110,6 +110,7 @@ _REWRITES = [  # of an answer, in this order: spellings that mean the same
         (r",\\[ ;:,]", ", "),
         (r"(?<!\\)\\[()\[\]!,;: ]|\*\*|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
         (r"\\[dtc]frac", r"\\frac"),
+        (r"\\varnothing(?![a-z])", r"\\emptyset"),
         (r"\{,\}", ","),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),

@@ -179,6 +179,7 @@ RIGHT = [  # completion, gold
     ("\\boxed{12\\text{ cm}^2}", "12"),
     ("\\boxed{(3, 4)}", "(3,4)"),
     ("\\boxed{f(x)=2x}", "2x"),
+    ("\\boxed{\\varnothing}", "\\emptyset"),
     ("\\boxed{y=2x+1}", "2x+1"),
 ]
 
