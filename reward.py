@@ -57,7 +57,8 @@ def guided_prompt(problem: str, solution: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SECONDS, MEMORY = 5, 4 << 30  # for one comparison by math-verify
-LONGEST, BRACKETS = 400, 40  # characters and opened brackets of an answer; what has more is wrong without a look
+LONGEST, BRACKETS, NESTED = 400, 40, 10  # characters, opened brackets (in all, inside each other) of an answer; what
+# has more is wrong without a look: nesting costs the parser time in powers of two
 FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that outlasted their time, or in which math-verify failed
 _LOCAL = threading.local()  # this thread's worker
 
@@ -75,9 +76,13 @@ _PLAIN = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, 1.5e3, 1.5\times
     r"|\\frac\{(?P<above>\d+)\}\{(?P<below>\d+)\})"
     r"(?:(?:[eE]|\s?\\times\s?10\^)\{?(?P<power>[+-]?\d{1,3})\}?)?"
 )
-_COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked out: 99999999!, 9^{99999}, 9^{9^{9}}
-    r"\d{4,}\s*[})]*!|\^\s*\{?\s*[-+]?\d{5,}|\\[dt]?binom\s*\{?\s*\d{5,}|\^\s*\{?\s*\d+\s*\^\s*\{?\s*(?:[5-9]|\d\d)"
+_COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked out
+    r"\d{4,}\s*[})]*!|!\s*[)}]+\s*!|\^\s*\{[^{}]*!"  # 99999999!, ((99!)!), 9^{999!}
+    r"|\^\s*\{?\s*[-+]?\d{5,}|\^\s*\{[^{}]*\d\d\s*\\(?:times|cdot)\s*\d\d|[)}]\s*\^\s*\{?\s*\d{4,}"  # 9^{99999}
+    r"|\^[\s{(]*\d+\s*\^[\s{(]*(?:[5-9]|\d\d)|\^[\s{(]*[^{}()]{0,9}?\d\s*\^[\s{(]*[^{}()]{0,9}?\d\s*\^"  # 9^{9^{9}}
+    r"|\\[dt]?binom\s*\{?\s*\d{5,}|binom\s*\{[^{}]*\^|\^\S*\s*\\choose"
 )
+_RELATION = re.compile(r"\s*(<|>|≤|≥|\\[lg]eq?(?![a-z]))\s*")
 _QUANTITY = (  # words that change a number's value, so they are no unit
     r"(?!(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|hundreds?|thousands?|[a-z]+illions?"
     r"|dozens?|tens|scores?|times|pairs?|squared|cubed|or|and|to|is|was|has|less|more|plus|minus)\b)"
@@ -111,6 +116,9 @@ _REWRITES = [  # of an answer, in this order: spellings that mean the same
         (r"(?<!\\)\\[()\[\]!,;: ]|\*\*|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
         (r"\\[dtc]frac", r"\\frac"),
         (r"\\varnothing(?![a-z])", r"\\emptyset"),
+        (r"\\langle(?![a-z])", "("),
+        (r"\\rangle(?![a-z])", ")"),
+        (r"^(?:\\approx(?![a-z])|≈)", ""),
         (r"\{,\}", ","),
         (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
         (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),
@@ -201,12 +209,40 @@ def _letters(answer: str) -> bool:
     return bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", answer)))
 
 
+def _interval(text: str) -> str:
+    """Values of x as an interval: x > 3 is (3, \\infty), 1 < x \\le 2 is (1, 2]; other texts stay as they are."""
+    values, signs = _RELATION.split(text)[::2], _RELATION.split(text)[1::2]
+    if {sign.startswith((">", "≥", "\\g")) for sign in signs} == {True}:  # read it from the other side
+        values, signs = values[::-1], signs[::-1]
+    elif any(sign.startswith((">", "≥", "\\g")) for sign in signs):
+        return text
+    closed = [sign != "<" and sign != ">" for sign in signs]
+    if len(values) == 2 and re.fullmatch("[A-Za-z]", values[0]):
+        values, closed = ["-\\infty", *values], [False, *closed]
+    elif len(values) == 2:
+        values, closed = [*values, "\\infty"], [*closed, False]
+    if len(values) != 3 or not all(values) or not re.fullmatch("[A-Za-z]", values[1]):
+        return text
+    return f"{'(['[closed[0]]}{values[0]}, {values[2]}{')]'[closed[1]]}"
+
+
+def _nested(text: str) -> int:
+    """How deep brackets stand inside each other."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[][(){}]", text):
+        depth = depth + 1 if bracket in "[({" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     """The verdict, or the two spellings that math-verify has to compare."""
     answer = extract_answer(completion)
     found = boxes(gold)
     gold = (found[-1][2] or "") if found else gold.replace("−", "-")
-    if answer is None or len(answer) > LONGEST or len(re.findall(r"[{(\[]", answer)) > BRACKETS:
+    if answer is None or len(answer) > LONGEST:
+        return False
+    if len(re.findall(r"[{(\[]", answer)) > BRACKETS or _nested(answer) > NESTED:
         return False
     for pattern in _CONFLICTS:  # 10 cents, 10 dollars
         sides = [{unit.lower() for unit in pattern.findall(side)} for side in (answer, gold)]
@@ -218,7 +254,11 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     if answer == gold:
         return True
     if "=" not in gold and "\\in" not in gold:
-        answer = _NAME.sub(r"\1", answer)
+        answer = re.sub(r"^([^=]+?)\s*=\s*[A-Za-z]$", r"\1", _NAME.sub(r"\1", answer))  # x = 5, 5 = x
+    if re.match(r"[-\d.]+$|\\frac", gold):
+        answer = re.sub(r"^\([A-J]\)\s*(?=\S)", "", answer)  # (B) 12
+    if bool(_RELATION.search(answer)) != bool(_RELATION.search(gold)):
+        answer, gold = _interval(answer), _interval(gold)
     left, right = _rational(answer), _rational(gold)
     if left is not None and right is not None:  # exactly: no tolerance, but for a fraction that a decimal cannot hold
         return left == right or _rounds(answer, right) or _rounds(gold, left)
@@ -554,7 +594,10 @@ _SOURCE = re.compile(
     r"|rewritten\s+(?:solution|version|answer)|re(?:writ|phras)\w*\s+(?:of\s+)?(?:the|this|your)\s+solution"
     r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+(?:solution|teacher|expert)"
     r"|\bI\s+was\s+(?:shown|given)|teacher['’]s\s+\w+|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?"
-    r"(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+)\b",
+    r"(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+"
+    r"|as\s+(?:the\s+(?:solution|answer)\s+\w+|(?:stated|shown|given)\s+in\s+the\s+(?:solution|answer))|answer\s+key"
+    r"|(?:known|stated|expected)\s+(?:final\s+)?answer|back(?:wards?)?\s+from\s+the\s+(?:answer|solution)"
+    r"|the\s+steps?\s+(?:provided|given))\b",
     re.I,
 )
 _STATED = re.compile(
@@ -563,6 +606,9 @@ _STATED = re.compile(
     re.I,
 )
 _OR = re.compile(r"\bor\b|\beither\b", re.I)
+_MAYBE = re.compile(
+    r"\A\W*(?:or|maybe|perhaps|possibly|alternatively|otherwise|unless)\b", re.I
+)  # right behind the box
 
 
 def _length(text: str) -> int:
@@ -605,14 +651,14 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     inside = {content or "" for *_, content in found}
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
     length, expected = _length(rewrite), _length(expert)
-    reasoning = rewrite[: found[0][0]] if found else rewrite
-    skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.5
+    reasoning, behind = (rewrite[: found[0][0]], rewrite[found[-1][1] :]) if found else (rewrite, "")
+    skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.7
     return {
         # little before it, measured on the rest: a long answer behind a short solution is not early
         "early_answer": float(any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given)),
-        "no_reasoning": float(length < 0.25 * expected or skipped),
+        "no_reasoning": float(length < 0.15 * expected or skipped),
         "mentions_source": float(bool(source) and source[0].lower() not in (problem + expert).lower()),
-        "hedged": float(len(set(map(_normal, inside))) > 1 or either),
+        "hedged": float(len(set(map(_normal, inside))) > 1 or either or bool(_MAYBE.search(behind))),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
         "repetition": _repetition(rewrite),

@@ -1,13 +1,16 @@
-"""How fast the grader is, and how it compares with Math-Verify used directly.
+"""How fast the grader is, how it compares with Math-Verify used directly, and what it says of gold solutions.
 
-    python tests/bench_grader.py [CASES.jsonl]
+    python tests/bench_grader.py [FILE.jsonl ...]
 
-CASES.jsonl has rows with `pred`, `gold`, `expected` (and `kind`; "bare" predictions are put into a box). Without a file
-only speed is measured. Rates are of one run on this machine: compare them with each other, not with other machines'.
+Rows with `pred`, `gold`, `expected` (and `kind`; "bare" predictions are put into a box) are cases for both graders.
+Rows with `problem`, `solution`, `answer` are gold solutions: graded against their own answer and against another row's,
+and judged for hard cheats as if they were rewrites of themselves. Without a file only speed is measured. Rates are of
+one run on this machine: compare them with each other, not with other machines'.
 """
 
 import json
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -15,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import reward
 
-HOSTILE = ["9^{9^{9}}", "99999999!", "(9^{9999})^{9999}", r"\sum_{k=1}^{10^{9}} k^{k}", "{" * 20_000 + "}" * 20_000]
+HOSTILE = ["9^{9^{9}}", "99999999!", r"e^{\pi^{e^{\pi^{e}}}}", r"\sum_{k=1}^{10^{9}} k^{k}"]
+HOSTILE += ["{" * 20_000 + "}" * 20_000]
 MIXED = [("7", "7"), ("x+1", "1+x"), (r"\frac{x}{7}+\frac{2}{7}", r"\frac{x+2}{7}"), (r"2\sqrt{3}", r"\sqrt{12}")]
 MIXED += [("(1,2)", "(2,1)"), ("[0,9)", "(0,9)"), (r"\{2, 1\}", r"\{1, 2\}"), ("3/4", "0.75"), ("B", "B"), ("6", "7")]
 
@@ -34,6 +38,24 @@ def library(completion: str, gold: str) -> bool:
     return math_verify.verify(math_verify.parse(gold), math_verify.parse(completion))
 
 
+def golds(name: str, rows: list[dict], rng: random.Random) -> None:
+    """Gold solutions against their own answers, against another row's different answer, and as rewrites."""
+    for row in rows:  # GSM8K's, as runs/prepare.py writes them
+        solution = re.sub(r"<<[^<>\n]*>>", "", row["solution"])
+        row["solution"] = re.sub(r"\n#### *(.+)$", r"\n\\boxed{\1}", solution)
+    boxed = [row for row in rows if reward.boxes(row["solution"])]
+    right = sum(reward.verify_all([row["solution"] for row in boxed], [row["answer"] for row in boxed]))
+    others = [row["answer"] for row in rng.sample(boxed, len(boxed))]
+    pairs = [(row["solution"], other) for row, other in zip(boxed, others) if row["answer"] != other]
+    swapped = sum(reward.verify_all(*zip(*pairs))) if pairs else 0
+    found = [reward.cheats(r["problem"], r["solution"], r["solution"], r["answer"]) for r in boxed]
+    rates = {cheat: sum(parts[cheat] for parts in found) / max(len(found), 1) for cheat in reward.HARD}
+    flagged = sum(any(parts[cheat] for cheat in reward.HARD) for parts in found) / max(len(found), 1)
+    told = ", ".join(f"{cheat} {100 * rate:.2f}%" for cheat, rate in rates.items() if rate)
+    print(f"{name}: {right} of {len(boxed)} right, {swapped} of {len(pairs)} swapped accepted", end=", ")
+    print(f"{100 * flagged:.2f}% cheat ({told})")
+
+
 def main():
     rng = random.Random(0)
     reward.verify("\\boxed{x}", "y")  # starts a worker
@@ -42,8 +64,15 @@ def main():
     _, seconds = timed([f"So we get 3+4=7 and then \\boxed{{{n}}}." for n in numbers], numbers)
     print(f"plain numbers         {len(numbers) / seconds:>10,.0f} verdicts/s")
 
+    files = {
+        path: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        for path in sys.argv[1:]
+    }
+    for path, told in files.items():
+        if "solution" in told[0]:
+            golds(Path(path).stem, told, rng)
     cases = [(f"\\boxed{{{answer}}}", gold) for answer, gold in MIXED]
-    rows = [json.loads(line) for path in sys.argv[1:] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rows = [row for told in files.values() for row in told if "pred" in row]
     if rows:
         cases = [(f"\\boxed{{{r['pred']}}}" if r.get("kind") == "bare" else r["pred"], r["gold"]) for r in rows]
     batch = cases * 100

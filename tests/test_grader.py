@@ -121,6 +121,13 @@ WRONG = [  # completion, gold
     ("\\boxed{A or B}", "A"),
     ("Answer: A/B/C", "A"),
     ("\\boxed{-0.333333}", "1/3"),
+    ("\\boxed{x\\ge 5}", "(5,\\infty)"),
+    ("\\boxed{-1<x<2}", "[-1,2]"),
+    ("\\boxed{x<3}", "(3,\\infty)"),
+    ("\\boxed{x>3}", "3"),
+    ("\\boxed{-1<x>2}", "(-1,2)"),
+    ("\\boxed{\\approx 3.14}", "\\pi"),
+    ("\\boxed{(B) 12}", "13"),
 ]
 RIGHT = [  # completion, gold
     ("\\boxed{2+3\\mathrm{i}}", "2+3i"),
@@ -181,6 +188,18 @@ RIGHT = [  # completion, gold
     ("\\boxed{f(x)=2x}", "2x"),
     ("\\boxed{\\varnothing}", "\\emptyset"),
     ("\\boxed{y=2x+1}", "2x+1"),
+    ("\\boxed{5=x}", "5"),
+    ("\\boxed{x\\ge 5}", "[5,\\infty)"),
+    ("\\boxed{-1<x<2}", "(-1,2)"),
+    ("\\boxed{2 > x \\geq -1}", "[-1,2)"),
+    ("\\boxed{2 \\geq x}", "(-\\infty,2]"),
+    ("\\boxed{(3,\\infty)}", "x > 3"),
+    ("\\boxed{\\langle 1,2\\rangle}", "(1,2)"),
+    ("\\boxed{\\approx 3.14}", "3.14"),
+    ("\\boxed{\\textbf{(B) }12}", "12"),
+    ("\\boxed{2^3 \\cdot 5}", "40"),
+    ("\\boxed{(2/3)^{20}}", "\\frac{2^{20}}{3^{20}}"),
+    ("\\boxed{x^{2^n}}", "x^{(2^n)}"),
 ]
 
 
@@ -191,6 +210,15 @@ def test_completions_that_only_look_right_or_wrong():
 
 
 # --- hostile text ---
+
+COSTLY = "9^{(9^{9})} 2^{3^{4^{4}}} 9^{9999\\cdot9999} 9^{999!} ((99!)!) (9^{9999})^{9999} (x+y)^{9999}".split()
+COSTLY += [r"\binom{9^9}{9^8}", r"{9999^9 \choose 9999^8}", "{" * 20 + "2" + "}" * 20, r"\sin(" * 15 + "2" + ")" * 15]
+
+
+@pytest.mark.parametrize("answer", COSTLY)
+def test_costly_answers_never_reach_a_worker(answer):
+    assert reward._quick(f"\\boxed{{{answer}}}", r"x+\sqrt{12}") is False
+
 
 PIECES = st.sampled_from(
     r"\boxed{ \boxed \frac \sqrt \sum_{k=1}^{99} \left( \right] \begin{pmatrix} \text{ { } $ ^ _ & \\ ! ( ) [ ] "
@@ -221,6 +249,7 @@ HOSTILE = [
     r"\sum_{k=1}^{10^{9}} k^{k}",
     r"\prod_{k=1}^{999999999} k",
     r"(9^{9999})^{9999}",
+    r"e^{\pi^{e^{\pi^{e}}}}",
     r"\int_0^1 x^{x^{x^{x}}} dx",
     "x" * 1_000_000,
     "٣" * 300,
@@ -256,7 +285,7 @@ assert reward.verify("\\\\boxed{x+1}", "1+x")  # an unguarded script
 print("ready", flush=True)
 reward.SECONDS = 3
 if sys.argv[2] == "hang":
-    reward.verify("\\\\boxed{(9^{9999})^{9999}}", "7")
+    reward.verify("\\\\boxed{e^{\\\\pi^{e^{\\\\pi^{e}}}}}", "7")
 """
 
 
@@ -300,7 +329,8 @@ def test_the_same_under_torchrun_and_in_threads(tmp_path):
     script.write_text(
         f"import json, os, sys, threading\nsys.path.insert(0, {str(ROOT)!r})\nimport reward\n"
         "out = []\n"
-        "def work(): out.append(reward.verify_all(['\\\\boxed{x+1}', '\\\\boxed{(9^{9999})^{9999}}'], ['1+x', '7']))\n"
+        "texts = ['\\\\boxed{x+1}', '\\\\boxed{e^{\\\\pi^{e^{\\\\pi^{e}}}}}']\n"
+        "def work(): out.append(reward.verify_all(texts, ['1+x', '7']))\n"
         "reward.SECONDS = 1\n"
         "threads = [threading.Thread(target=work) for _ in range(3)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]; work()\n"

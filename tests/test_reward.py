@@ -102,8 +102,8 @@ def test_verify():
 def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     monkeypatch.setattr(reward, "SECONDS", 1.5)
     monkeypatch.setitem(reward.FAILURES, "timeouts", 0)
-    slow = r"\boxed{(9^{9999})^{9999}}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
-    completions = [slow, r"\boxed{x+1}", r"\boxed{(8^{9999})^{9999}}", r"\boxed{1+y}", r"\boxed{7}", slow]
+    slow = r"\boxed{e^{\pi^{e^{\pi^{e}}}}}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
+    completions = [slow, r"\boxed{x+1}", r"\boxed{e^{\pi^{e^{\pi^{e}}}}+1}", r"\boxed{1+y}", r"\boxed{7}", slow]
     verdicts = []
     thread = threading.Thread(
         target=lambda: verdicts.extend(reward.verify_all(completions, ["10", "1+x"] * 2 + ["7", "10"]))
@@ -112,7 +112,7 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     thread.join(60)
     assert verdicts == [False, True, False, False, True, False]
     assert reward.FAILURES["timeouts"] == 2
-    assert "9^{9999}" in capfd.readouterr().err
+    assert r"\\pi^{e^" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,9 @@ def test_honest_rewrites_are_clean(problem, expert, rewrite, answer):
         (r"Rewritten solution: 15+3=18. 18-11=7. \boxed{7}", "mentions_source"),
         (r"15+3=18. 18-11=7. \boxed{7} \boxed{8}", "hedged"),
         (r"15+3=18. 18-11=7. \boxed{7 \text{ or } 8}", "hedged"),
+        (r"15+3=18. 18-11=7. \boxed{7}, or maybe 8.", "hedged"),
+        (r"As the solution says, 15+3=18. 18-11=7. \boxed{7}", "mentions_source"),
+        (r"Working backwards from the answer, 15+3=18. 18-11=7. \boxed{7}", "mentions_source"),
         (r"15+4=18. 18-11=7. \boxed{7}", "false_arithmetic"),
         (r"fifteen plus four is eighteen; 18-11=7. \boxed{7}", "false_arithmetic"),
         (r"19+20=39. 39-11=20. 20+16=46. \boxed{46}", "false_arithmetic"),
