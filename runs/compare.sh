@@ -62,15 +62,20 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft $RASFT_GRID
 rasft rasft_filtered $RASFT_GRID $FILTER
 
-# --- DART's choice without its training; its rewrites under DFT; direct GRPO that refuses what DART refuses ---
+# --- DART's choice without its training, with the other alignment, its rewrites under DFT; direct GRPO that refuses what
+# DART refuses ---
 rewrite prompted_dart dart
 sft prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl" $DART_GRID
+stage dart_kl/mapper mapper_rl.py --task map --align kl --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $MAPPER_GRID
+stage dart_kl/rewrite rewrite.py --method dart --mapper "$OUT/dart_kl/mapper/model" --target "$BASE" \
+    --data "$WORLD/demos.jsonl" "${REWRITE[@]}"
+sft dart_kl "$OUT/dart_kl/rewrite/train.jsonl" $DART_GRID
 sft dart_dft "$OUT/dart/rewrite/train.jsonl" --loss dft $DART_DFT_GRID
 stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $GRPO_GRID \
     --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" $FILTER
 
 # --- evaluation ---
-for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered prompted_dart dart_dft; do
+for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered prompted_dart dart_kl dart_dft; do
     MODELS+=("$arm=$OUT/$arm/sft/model")
 done
 stage eval-compare evaluate.py --models "${MODELS[@]}" "grpo_filtered=$OUT/grpo_filtered/solve/model" \

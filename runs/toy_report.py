@@ -40,6 +40,7 @@ ARMS = {  # arm -> its stages
     "prompted": ["prompted/rewrite", "prompted/sft"],
     "prompted_dart": ["prompted_dart/rewrite", "prompted_dart/sft"],
     "dart": ["dart/mapper", "dart/rewrite", "dart/sft"],
+    "dart_kl": ["dart_kl/mapper", "dart_kl/rewrite", "dart_kl/sft"],
     "dart_dft": ["dart/mapper", "dart/rewrite", "dart_dft/sft"],
     "grpo": ["grpo/solve"],
     "grpo_filtered": ["grpo_filtered/solve"],
@@ -60,6 +61,8 @@ CLAIMS = [
     ("dart", "rasft"),
     ("dart", "grpo"),
     ("dart", "grpo_filtered"),
+    ("dart_kl", "dart"),
+    ("dart_kl", "grpo"),
     ("dart_dft", "dart"),
 ]  # of the first over the second
 EVALUATIONS = ("eval", "eval-compare", "eval-half")

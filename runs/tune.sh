@@ -5,7 +5,8 @@
 #
 #   bash runs/tune.sh             # the arms of runs/toy.sh: about an hour on two cores
 #   COMPARE=1 bash runs/tune.sh   # those of runs/compare.sh: more than another hour. In the first part every arm was best
-#                                 # with the most steps, so all further arms get these, and the same learning rates
+#                                 # with the most steps, so all further arms get these, and the same learning rates;
+#                                 # ARMS="rft rasft" tunes these alone
 #
 # The tables are kept as out/tune/table.md. What is finished is skipped when it is started again.
 # It starts with the acceptance of the world by the arms that know no mapper: base, SFT on the expert's text, SFT on
@@ -92,27 +93,41 @@ PY
 else
     # --- the arms of runs/compare.sh ---
     STEPS=("${STEPS[-1]}") MAPPER=1e-4  # as the first part chose them
-    for loss in dft asft; do grid "$loss" "$WORLD/demos.jsonl" --loss "$loss"; done
-    stage "$OUT/rft" rewrite.py --method self --fallback False "${REWRITE[@]}"
-    stage "$OUT/mtg" rewrite.py --method resolve "${REWRITE[@]}"
-    grid rft "$OUT/rft/train.jsonl"
-    grid mtg "$OUT/mtg/train.jsonl"
-    stage "$OUT/mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
-    stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
-    for arm in rft mtg dart; do grid "${arm}_dft" "$OUT/$arm/train.jsonl" --loss dft; done
-    MODELS=()
-    for lr in "${LRS[@]}"; do
-        name="rasft-$lr-$STEPS" model="$BASE" before=()
-        for round in 1 2 3 4; do
-            folder="$OUT/rasft/$name-$round"
-            stage "$folder/rewrite" rewrite.py --method rasft --mapper "$model" "${REWRITE[@]}" --seed "$round"
-            stage "$folder/sft" sft.py --loss rasft "${SFT[@]}" --data "$folder/rewrite/train.jsonl" --lr "$lr" \
-                --steps $((STEPS / 4)) --schedule_steps "$STEPS" "${before[@]}"
-            model="$folder/sft/model" before=(--start_from "$folder/sft")
-        done
-        MODELS+=("$name=$model")
+    # texts SOURCE: its training set, OUT/SOURCE/train.jsonl.
+    texts() {
+        case "$1" in
+            rft) stage "$OUT/rft" rewrite.py --method self --fallback False "${REWRITE[@]}" ;;
+            mtg) stage "$OUT/mtg" rewrite.py --method resolve "${REWRITE[@]}" ;;
+            dart)
+                stage "$OUT/mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
+                stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
+                ;;
+        esac
+    }
+    for arm in ${ARMS:-dft asft rft mtg rft_dft mtg_dft dart_dft rasft}; do
+        case "$arm" in
+            dft | asft) grid "$arm" "$WORLD/demos.jsonl" --loss "$arm" ;;
+            rft | mtg) texts "$arm" && grid "$arm" "$OUT/$arm/train.jsonl" ;;
+            *_dft) texts "${arm%_dft}" && grid "$arm" "$OUT/${arm%_dft}/train.jsonl" --loss dft ;;
+            rasft)
+                MODELS=()
+                for lr in "${LRS[@]}"; do
+                    name="rasft-$lr-$STEPS" model="$BASE" before=()
+                    for round in 1 2 3 4; do
+                        folder="$OUT/rasft/$name-$round"
+                        stage "$folder/rewrite" rewrite.py --method rasft --mapper "$model" "${REWRITE[@]}" \
+                            --seed "$round"
+                        stage "$folder/sft" sft.py --loss rasft "${SFT[@]}" --data "$folder/rewrite/train.jsonl" \
+                            --lr "$lr" --steps $((STEPS / 4)) --schedule_steps "$STEPS" "${before[@]}"
+                        model="$folder/sft/model" before=(--start_from "$folder/sft")
+                    done
+                    MODELS+=("$name=$model")
+                done
+                evaluate "$OUT/eval" validation -- "${MODELS[@]}"
+                ;;
+            *) echo "ARMS: no arm is called $arm" && exit 1 ;;
+        esac
     done
-    evaluate "$OUT/eval" validation -- "${MODELS[@]}"
 fi
 
 # --- the tables ---
