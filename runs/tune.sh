@@ -107,8 +107,8 @@ else
     for arm in ${ARMS:-dft asft rft mtg rft_dft mtg_dft dart_dft rasft}; do
         case "$arm" in
             dft | asft) grid "$arm" "$WORLD/demos.jsonl" --loss "$arm" ;;
-            rft | mtg) texts "$arm" && grid "$arm" "$OUT/$arm/train.jsonl" ;;
-            *_dft) texts "${arm%_dft}" && grid "$arm" "$OUT/${arm%_dft}/train.jsonl" --loss dft ;;
+            rft | mtg) texts "$arm"; grid "$arm" "$OUT/$arm/train.jsonl" ;;
+            *_dft) texts "${arm%_dft}"; grid "$arm" "$OUT/${arm%_dft}/train.jsonl" --loss dft ;;
             rasft)
                 MODELS=()
                 for lr in "${LRS[@]}"; do
