@@ -223,7 +223,7 @@ def main():
     common.check(min(m.gpus, m.nodes, m.tflops, m.mfu, m.decode_tokens_per_second) > 0, "set GPUs and rates above 0")
     visible = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     m.gpu_gib = m.gpu_gib or min(visible, default=0) / GIB
-    common.check(m.gpu_gib, "there is no GPU here: give --gpu_gib, the memory of one GPU in GiB")
+    common.check(m.gpu_gib, "there is no GPU here: give --gpu_gib (in a recipe PLAN_GIB), the memory of one GPU in GiB")
     n, written, misfits, totals = m.gpus * m.nodes, {}, [], [0.0] * 4
     for line in filter(str.strip, sys.stdin):
         print(f"\n{line.strip()}")
