@@ -63,10 +63,10 @@ class Stage:
 
 def find_stages(runs: list[Path]) -> list[Stage]:
     """Every stage below the runs; several runs are told apart by what differs in their paths."""
-    common = os.path.commonpath([str(run.resolve()) for run in runs]) if len(runs) > 1 else ""
+    above = os.path.commonpath([str(run.resolve()) for run in runs]) if len(runs) > 1 else ""
     stages = []
     for run in runs:
-        label = os.path.relpath(run.resolve(), common) if common else ""
+        label = os.path.relpath(run.resolve(), above) if above else ""
         folders = sorted(path.parent for path in run.rglob("config.json"))
         stages += [Stage(f, run, label) for f in folders if "config" in json.loads((f / "config.json").read_text())]
     known = ("mapper_rl", "rewrite", "sft", "evaluate")

@@ -1,11 +1,16 @@
 """runs/prepare.py on data sets laid out like the hub's: folders named like its ids, found by the real loading code."""
 
+import io
 import json
-import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "runs"))
+import prepare as script  # noqa: E402
 
 GSM8K = [
     {
@@ -18,9 +23,16 @@ GSM8K = [
 ]
 
 
-def prepare(folder, *args: str):
-    command = [sys.executable, str(ROOT / "runs/prepare.py"), *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+def prepare(folder, *args: str) -> SimpleNamespace:
+    """The script in this process (it takes seconds to import), started in that folder."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prepare.py", *args])
+        try:
+            script.main()
+        except SystemExit as stop:
+            code = stop.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def rows_of(path) -> list[dict]:
@@ -136,5 +148,5 @@ def test_bad_input(hub, args, told):
     """One line that says what and what to do; nothing is written."""
     (hub / "notes.txt").write_text("x")
     done = prepare(hub, *args)
-    assert done.returncode == 2 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and told in done.stderr
     assert not (hub / "data").exists() and not (hub / "x.jsonl").exists()
