@@ -19,9 +19,7 @@ BENCHMARKS="${BENCHMARKS:-data/math500.jsonl data/minerva_math.jsonl data/olympi
 OUT="${OUT:-out/qwen25_math_numina}"
 source "$(dirname "$0")/stages.sh"
 
-ROWS=$(rows "$TRAIN" 10000)
-ROUND=$(((ROWS + 511) / 512)) # optimizer steps of half an epoch: RASFT's rollouts are refreshed after it
-STEPS=$((2 * ROUND))          # of every arm
+ROWS=10000 # what the plan takes TRAIN to have before it is there
 SFT=(--lr 5e-5 --batch_size 256 --weight_decay 0.01 --warmup 0.1 --max_length 2048 --gradient_checkpointing True)
 LENGTHS=(--max_tokens 1024 --max_model_len 4096)
 EVALUATE=(--samples 16 --greedy True --max_tokens 4096 --max_model_len 4096) # the model reads no more than 4096
@@ -34,7 +32,10 @@ arm() { stage "$1/sft" sft.py --model "$MODEL" --data "$2" "${SFT[@]}" --steps "
 qwen25_math_numina() {
     for file in $BENCHMARKS; do data "$file"; done
     data "$TRAIN" --decontaminate $BENCHMARKS --limit 10000
-    local demos="$TRAIN" model="$MODEL" before=() round
+    local demos="$TRAIN" model="$MODEL" before=() round rows
+    rows=$(rows "$TRAIN")
+    ROUND=$(((rows + 511) / 512)) # optimizer steps of half an epoch: RASFT's rollouts are refreshed after it
+    STEPS=$((2 * ROUND))          # of every arm
     if [ -n "$TEACHER" ]; then
         stage teacher rewrite.py --method self --target "$TEACHER" --data "$TRAIN" --samples 4 --fallback False \
             "${LENGTHS[@]}"
@@ -60,7 +61,7 @@ qwen25_math_numina() {
     done
 
     # --- DART ---
-    stage dart/mapper mapper_rl.py --task map --model "$MODEL" --data "$demos" --steps "$(((ROWS + 63) / 64))" \
+    stage dart/mapper mapper_rl.py --task map --model "$MODEL" --data "$demos" --steps "$(((rows + 63) / 64))" \
         --lr 1e-6 "${LENGTHS[@]}"
     stage dart/rewrite rewrite.py --method dart --mapper "$OUT/dart/mapper/model" --target "$MODEL" --data "$demos" \
         --samples 8 "${LENGTHS[@]}"

@@ -15,9 +15,7 @@ BENCHMARKS="${BENCHMARKS:-data/gsm8k_test.jsonl data/math500.jsonl data/minerva_
 OUT="${OUT:-out/qwen3_gsm8k}"
 source "$(dirname "$0")/stages.sh"
 
-ROWS=$(rows "$TRAIN" 7473)
-MAPPER_STEPS=$(((2 * ROWS + 63) / 64)) # two passes over the problems, 64 a step
-GRPO_STEPS=$((2 * MAPPER_STEPS))       # more than all of DART generates; accuracy over cost is in the report
+ROWS=7473 # what the plan takes TRAIN to have before it is there
 SFT=(--lr 1e-5 --epochs 3 --batch_size 64 --warmup 0.05 --gradient_checkpointing True)
 EVALUATE=(--samples 8 --max_tokens 2048 --max_model_len 3072)
 # what the plan assumes: lengths, and speeds of one GPU of the H100 class, not measured by us
@@ -26,18 +24,22 @@ PLAN_FLAGS=(--prompt_tokens 110 --response_tokens 180 --tflops 400 --mfu 0.3 --d
 qwen3_gsm8k() {
     for file in $BENCHMARKS; do data "$file"; done
     data "$TRAIN" --decontaminate $BENCHMARKS
+    local rows mapper_steps grpo_steps
+    rows=$(rows "$TRAIN")
+    mapper_steps=$(((2 * rows + 63) / 64)) # two passes over the problems, 64 a step
+    grpo_steps=$((2 * mapper_steps))       # more than all of DART generates; accuracy over cost is in the report
 
     # --- SFT on the expert's text ---
     stage sft sft.py --model "$MODEL" --data "$TRAIN" "${SFT[@]}"
 
     # --- DART ---
-    stage dart/mapper mapper_rl.py --task map --model "$MODEL" --data "$TRAIN" --steps "$MAPPER_STEPS" --lr 1e-6
+    stage dart/mapper mapper_rl.py --task map --model "$MODEL" --data "$TRAIN" --steps "$mapper_steps" --lr 1e-6
     stage dart/rewrite rewrite.py --method dart --mapper "$OUT/dart/mapper/model" --target "$MODEL" --data "$TRAIN"
     stage dart/sft sft.py --model "$MODEL" --data "$OUT/dart/rewrite/train.jsonl" "${SFT[@]}"
 
     # --- direct RL on the target ---
-    stage grpo mapper_rl.py --task solve --model "$MODEL" --data "$TRAIN" --steps "$GRPO_STEPS" --lr 1e-6 \
-        --export_every "$(((GRPO_STEPS + 3) / 4))"
+    stage grpo mapper_rl.py --task solve --model "$MODEL" --data "$TRAIN" --steps "$grpo_steps" --lr 1e-6 \
+        --export_every "$(((grpo_steps + 3) / 4))"
 
     # --- evaluation ---
     MODELS=("base=$MODEL" "sft=$OUT/sft/model" "dart=$OUT/dart/sft/model" "grpo=$OUT/grpo/model")

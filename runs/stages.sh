@@ -42,8 +42,8 @@ data() {
     fi
     until [ -f "$1" ]; do sleep 5; done
 }
-# rows FILE OTHERWISE: number of rows of a data set that is there, or what it will have.
-rows() { if [ -f "$1" ]; then wc -l <"$1"; else echo "$2"; fi; }
+# rows FILE: number of rows of a data set that is there, else ROWS. Ask after `data`: a second start must count the same.
+rows() { if [ -f "$1" ]; then wc -l <"$1"; else echo "$ROWS"; fi; }
 # recipe FUNCTION: goes through it twice. First every stage's command line is sent to runs/plan.py, which ends the run if
 # a stage does not fit the GPUs (PLAN_GIB: GiB of one that is not here); then, unless PLAN is set, the stages are run.
 recipe() {
