@@ -261,7 +261,8 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
     path = mapper.folder / "rollouts.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        first.setdefault(row["id"], row["text"]) if row["step"] <= 5 else None
+        if row["step"] <= 5:
+            first.setdefault(row["id"], row["text"])
         last[row["id"]] = row["text"]
     demos = {r["id"]: r for r in common.read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
     mine = (mapper.folder / "model").resolve()
@@ -293,7 +294,8 @@ def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     for mapper in [s for s in stages if s.script == "mapper_rl" and s.config["task"] == "map" and s.rows]:
         target = mapper.config["target"]
-        if not Path(target).is_dir() and not Path(mapper.config["data"]).is_file():
+        removed = Path(target).parent.is_dir() and not Path(target).is_dir()  # a name on the hub has no folder here
+        if removed or not Path(mapper.config["data"]).is_file():
             missing.append(f"texts of {mapper.name}: {target} or {mapper.config['data']} is not here")
             continue
         tokenizer, model = common.load_tokenizer(target), common.load_model(target, device, train=False)
