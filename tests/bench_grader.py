@@ -10,12 +10,14 @@ one run on this machine: compare them with each other, not with other machines'.
 
 import json
 import random
-import re
 import sys
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runs"))
+import prepare
+
 import reward
 
 HOSTILE = ["9^{9^{9}}", "99999999!", r"e^{\pi^{e^{\pi^{e}}}}", r"\sum_{k=1}^{10^{9}} k^{k}"]
@@ -41,8 +43,7 @@ def library(completion: str, gold: str) -> bool:
 def golds(name: str, rows: list[dict], rng: random.Random) -> None:
     """Gold solutions against their own answers, against another row's different answer, and as rewrites."""
     for row in rows:  # GSM8K's, as runs/prepare.py writes them
-        solution = re.sub(r"<<[^<>\n]*>>", "", row["solution"])
-        row["solution"] = re.sub(r"\n#### *(.+)$", r"\n\\boxed{\1}", solution)
+        row["solution"] = prepare.demonstration(row["solution"])
     boxed = [row for row in rows if reward.boxes(row["solution"])]
     right = sum(reward.verify_all([row["solution"] for row in boxed], [row["answer"] for row in boxed]))
     others = [row["answer"] for row in rng.sample(boxed, len(boxed))]

@@ -11,6 +11,8 @@ import subprocess
 import pytest
 from conftest import ROOT, sum_demonstrations
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
 
 @pytest.fixture(scope="module")
 def world(tiny_model, tmp_path_factory) -> dict[str, str]:
@@ -47,36 +49,39 @@ def screenshot(page, scheme: str):
     """The page as headless Chromium shows it, without a network."""
     from PIL import Image
 
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the page itself is not looked at: no chromium here (Debian: apt-get install chromium)")
     picture = page.with_name(f"{scheme}.png")
     flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1000,3000".split()
     flags += [
         f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
         "--host-resolver-rules=MAP * ~NOTFOUND",
     ]
-    command = [chromium, *flags, f"--screenshot={picture}", f"file://{page}"]
+    command = [CHROMIUM, *flags, f"--screenshot={picture}", f"file://{page}"]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return Image.open(picture).convert("RGB")
 
 
-def test_two_nodes(world, tmp_path):
-    """DART, SFT and direct RL, all four stages across two nodes; the report is written, and looks like one."""
+@pytest.fixture(scope="module")
+def two_nodes(world, tmp_path_factory):
+    """The output folder of DART, SFT and direct RL, all four stages across two nodes."""
+    out = tmp_path_factory.mktemp("two_nodes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = world | {"OUT": str(tmp_path), "MACHINE": "2x1", "HOST": "localhost", "PORT": port, "PLAN_GIB": "8"}
+    shared = world | {"OUT": str(out), "MACHINE": "2x1", "HOST": "localhost", "PORT": port, "PLAN_GIB": "8"}
     nodes = [start("qwen3_gsm8k.sh", shared | {"NODE_RANK": str(rank)}) for rank in range(2)]
     for told in map(finish, nodes):
         assert told.count("\n--- ") == 6
+    return out
+
+
+def test_two_nodes(two_nodes):
     for model in ("base", "sft", "dart", "grpo", "grpo-000001"):
-        told = summary(tmp_path, model)["benchmarks"]
+        told = summary(two_nodes, model)["benchmarks"]
         assert {name: b["problems"] for name, b in told.items()} == {"one": 4, "two": 4}
     for stage, steps in (("sft", 2), ("dart/mapper", 1), ("dart/sft", 2), ("grpo", 2)):
-        lines = (tmp_path / stage / "metrics.jsonl").read_text().splitlines()
+        lines = (two_nodes / stage / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1)), stage
-    page = (tmp_path / "report.html").read_text()
+    page = (two_nodes / "report.html").read_text()
     for section in (
         "Accuracy",
         "Accuracy against cost",
@@ -86,9 +91,13 @@ def test_two_nodes(world, tmp_path):
     ):
         assert f"<h2>{section}</h2>" in page
     assert "Missing" not in page and not re.search(r"(?:src|href)=.?https?:", page)
-    assert page.count("<svg") == 4 == len(list(tmp_path.glob("figure-*.svg")))
-    assert "| base | " in (tmp_path / "report.md").read_text()
-    light, dark = (screenshot(tmp_path / "report.html", scheme) for scheme in ("light", "dark"))
+    assert page.count("<svg") == 4 == len(list(two_nodes.glob("figure-*.svg")))
+    assert "| base | " in (two_nodes / "report.md").read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="the page is not looked at: no chromium here (apt-get install chromium)")
+def test_page_in_a_browser(two_nodes):
+    light, dark = (screenshot(two_nodes / "report.html", scheme) for scheme in ("light", "dark"))
     assert light.getpixel((5, 5)) == (255, 255, 255) and sum(dark.getpixel((5, 5))) < 100
     for page in (light, dark):  # a table, figures and text, not an empty page
         colors = page.getcolors(1 << 24)
