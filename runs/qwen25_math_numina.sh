@@ -22,53 +22,43 @@ source "$(dirname "$0")/stages.sh"
 ROWS=10000 # what the plan takes TRAIN to have before it is there
 SFT=(--lr 5e-5 --batch_size 256 --weight_decay 0.01 --warmup 0.1 --max_length 2048 --gradient_checkpointing True)
 LENGTHS=(--max_tokens 1024 --max_model_len 4096)
+REWRITE=(--samples 4 "${LENGTHS[@]}")
 EVALUATE=(--samples 16 --greedy True --max_tokens 4096 --max_model_len 4096) # the model reads no more than 4096
 # what the plan assumes: lengths, and speeds of one GPU of the H100 class, not measured by us
 PLAN_FLAGS=(--prompt_tokens 150 --response_tokens 400 --tflops 400 --mfu 0.35 --decode_tokens_per_second 6000)
 
-# arm NAME DATA FLAGS...: fine-tunes the model.
-arm() { stage "$1/sft" sft.py --model "$MODEL" --data "$2" "${SFT[@]}" --steps "$STEPS" "${@:3}"; }
-
 qwen25_math_numina() {
     for file in $BENCHMARKS; do data "$file"; done
     data "$TRAIN" --decontaminate $BENCHMARKS --limit 10000
-    local demos="$TRAIN" model="$MODEL" before=() round rows
+    local rows steps
     rows=$(rows "$TRAIN")
-    ROUND=$(((rows + 511) / 512)) # optimizer steps of half an epoch: RASFT's rollouts are refreshed after it
-    STEPS=$((2 * ROUND))          # of every arm
+    steps=$(((rows + 511) / 512 * 2)) # of every arm: one epoch; RASFT refreshes its rollouts after half of it
+    BASE="$MODEL" DEMOS="$TRAIN"
     if [ -n "$TEACHER" ]; then
-        stage teacher rewrite.py --method self --target "$TEACHER" --data "$TRAIN" --samples 4 --fallback False \
-            "${LENGTHS[@]}"
-        demos="$OUT/teacher/train.jsonl"
+        stage teacher rewrite.py --method self --target "$TEACHER" --data "$TRAIN" "${REWRITE[@]}" --fallback False
+        DEMOS="$OUT/teacher/train.jsonl"
     fi
 
     # --- imitation, with two losses ---
-    arm sft "$demos" --loss sft
-    arm dft "$demos" --loss dft
+    sft sft "$DEMOS" --loss sft --steps "$steps"
+    sft dft "$DEMOS" --loss dft --steps "$steps"
 
     # --- Mind the Gap ---
-    stage mtg/rewrite rewrite.py --method resolve --target "$MODEL" --data "$demos" --samples 4 "${LENGTHS[@]}"
-    arm mtg "$OUT/mtg/rewrite/train.jsonl" --loss sft
-    arm mtg_dft "$OUT/mtg/rewrite/train.jsonl" --loss dft
+    rewrite mtg resolve
+    sft mtg "$OUT/mtg/rewrite/train.jsonl" --loss sft --steps "$steps"
+    sft mtg_dft "$OUT/mtg/rewrite/train.jsonl" --loss dft --steps "$steps"
 
     # --- RASFT: two rounds, along one schedule, with one optimizer ---
-    for round in 1 2; do
-        stage "rasft/rewrite-$round" rewrite.py --method rasft --mapper "$model" --target "$MODEL" --data "$demos" \
-            --samples 3 --temperature 0.9 --seed "$round" "${LENGTHS[@]}"
-        stage "rasft/sft-$round" sft.py --loss rasft --model "$MODEL" --data "$OUT/rasft/rewrite-$round/train.jsonl" \
-            "${SFT[@]}" --steps "$ROUND" --schedule_steps "$STEPS" "${before[@]}"
-        model="$OUT/rasft/sft-$round/model" before=(--start_from "$OUT/rasft/sft-$round")
-    done
+    rasft rasft 2 "$steps" "" --samples 3 --temperature 0.9
 
     # --- DART ---
-    stage dart/mapper mapper_rl.py --task map --model "$MODEL" --data "$demos" --steps "$(((rows + 63) / 64))" \
+    stage dart/mapper mapper_rl.py --task map --model "$MODEL" --data "$DEMOS" --steps "$(((rows + 63) / 64))" \
         --lr 1e-6 "${LENGTHS[@]}"
-    stage dart/rewrite rewrite.py --method dart --mapper "$OUT/dart/mapper/model" --target "$MODEL" --data "$demos" \
-        --samples 8 "${LENGTHS[@]}"
-    arm dart "$OUT/dart/rewrite/train.jsonl" --loss sft
+    rewrite dart dart --mapper "$OUT/dart/mapper/model" --samples 8
+    sft dart "$OUT/dart/rewrite/train.jsonl" --loss sft --steps "$steps"
 
     # --- evaluation ---
-    MODELS=("base=$MODEL" "rasft=$model")
+    MODELS=("base=$MODEL" "rasft=$OUT/rasft/round-2/sft/model")
     for name in sft dft mtg mtg_dft dart; do MODELS+=("$name=$OUT/$name/sft/model"); done
     stage eval evaluate.py --models "${MODELS[@]}" --benchmarks $BENCHMARKS "${EVALUATE[@]}"
 }

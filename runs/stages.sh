@@ -1,9 +1,14 @@
-# What runs/toy.sh and the recipes share; sourced by them. MACHINE is NODESxPROCESSES; a stage is a script's run under
-# torchrun. A stage that is finished is skipped when it is asked for again, unless its command or the defaults in its
-# script's Config have changed, which ends the run. With two or more nodes, start the same script on all of them at the
-# same time, with OUT and data/ on a disk that all see, and HOST and NODE_RANK set.
+# What runs/toy.sh, runs/tune.sh and the recipes share: how a stage is run, and the methods as stages; sourced by them.
+# MACHINE is NODESxPROCESSES; where it is not set, one process a GPU of this machine, or two on a CPU, one thread each:
+# generation is bound by Python, so processes beat threads there. A stage is a script's run under torchrun. A stage that is
+# finished is skipped when it is asked for again, unless its command or the defaults in its script's Config have changed,
+# which ends the run. With two or more nodes, start the same script on all of them at the same time, with OUT and data/ on
+# a disk that all see, and HOST and NODE_RANK set.
 cd "$(dirname "$0")/.."
 bash runs/setup.sh
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) || GPUS=0
+if [ "$GPUS" = 0 ]; then MACHINE="${MACHINE:-1x2}"; else MACHINE="${MACHINE:-1x$GPUS}"; fi
 NODES="${MACHINE%x*}" PROCESSES="${MACHINE#*x}"
 LAUNCH=(--standalone --nproc-per-node="$PROCESSES")
 if [ "$NODES" -gt 1 ]; then
@@ -52,4 +57,24 @@ recipe() {
     if [ -n "${PLAN:-}" ]; then exit; fi
     "$1"
     if [ "${NODE_RANK:-0}" = 0 ]; then .venv/bin/python runs/report.py "$OUT"; fi
+}
+
+# --- the methods, as stages. BASE: the target; DEMOS: the demonstrations; REWRITE, SFT: flags of all rewriting, tuning ---
+# rewrite ARM METHOD FLAGS...: a training set made of the demonstrations.
+rewrite() {
+    stage "$1/rewrite" rewrite.py --method "$2" --target "$BASE" --data "$DEMOS" "${REWRITE[@]}" "${@:3}"
+}
+# sft ARM DATA FLAGS...: fine-tunes the target on a training set.
+sft() { stage "$1/sft" sft.py --model "$BASE" --data "$2" "${SFT[@]}" "${@:3}"; }
+# rasft ARM ROUNDS STEPS "FLAGS OF TUNING" FLAGS OF REWRITING...: rounds of rollouts with the current model and an equal
+# share of the steps, along one schedule, with one optimizer. The model is ARM/round-ROUNDS/sft/model.
+rasft() {
+    local round folder model="$BASE" before=()
+    for ((round = 1; round <= $2; round++)); do
+        folder="$1/round-$round"
+        rewrite "$folder" rasft --mapper "$model" --seed $((1000 * round + ${SEED:-0})) "${@:5}"
+        sft "$folder" "$OUT/$folder/rewrite/train.jsonl" --loss rasft --steps $(($3 / $2)) --schedule_steps "$3" $4 \
+            "${before[@]}"
+        model="$OUT/$folder/sft/model" before=(--start_from "$OUT/$folder/sft")
+    done
 }

@@ -11,14 +11,12 @@
 # problems, schedule and prompt. runs/tune.sh chose the learning rates and steps below on seed 100, which no result uses,
 # from one grid for all arms (results/tune.md).
 set -euo pipefail
-# One process a GPU, or two on a CPU, one thread each: generation is bound by Python, so processes beat threads here.
-if GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$GPUS" -gt 0 ]; then MACHINE="1x$GPUS"; else MACHINE=1x2; fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 source "$(dirname "$0")/stages.sh"
 
 SEED="${SEED:-0}"
 OUT="${OUT:-out/toy}/seed$SEED"
-SFT_STEPS=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
+SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
 SFT_GRID="--lr 4e-3 --steps 400"      # expert text
 PROMPTED_GRID="--lr 3e-4 --steps 400" # untrained mapper's rewrites
 DART_GRID="--lr 3e-4 --steps 400"     # trained mapper's rewrites
@@ -33,32 +31,33 @@ SUITES=(in_distribution shorter longer reworded)
 
 # seconds STAGE...: what they took together.
 seconds() { local sum=0 name; for name in "$@"; do sum=$((sum + $(cat "$OUT/$name/seconds"))); done; echo "$sum"; }
-# sft ARM DATA LR-AND-STEPS...: fine-tunes the base model on a training set.
-sft() { local arm="$1" data="$2"; shift 2; stage "$arm/sft" sft.py --model "$BASE" --data "$data" "${SFT_STEPS[@]}" "$@"; }
+# dart ARM "FLAGS OF MAPPER AND REWRITING" "FLAGS OF THE MAPPER": DART's three stages.
+dart() {
+    stage "$1/mapper" mapper_rl.py --task map --model "$BASE" --data "$DEMOS" "${RL[@]}" $MAPPER_GRID ${2:-} ${3:-}
+    rewrite "$1" dart --mapper "$OUT/$1/mapper/model" ${2:-}
+    sft "$1" "$OUT/$1/rewrite/train.jsonl" $DART_GRID
+}
 
 # --- the world: base model, demonstrations in the expert's words, benchmarks ---
 if [ ! -d "$OUT/world/base" ]; then
     echo "--- $OUT/world"
     OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$OUT/world" --seed "$SEED"
 fi
-WORLD="$OUT/world" BASE="$OUT/world/base"
+WORLD="$OUT/world" BASE="$OUT/world/base" DEMOS="$OUT/world/demos.jsonl"
 
 # --- SFT on the expert's text, and on native text, which only a toy can have ---
-sft sft "$WORLD/demos.jsonl" $SFT_GRID
+sft sft "$DEMOS" $SFT_GRID
 sft oracle "$WORLD/oracle.jsonl" $ORACLE_GRID
 
 # --- prompted rewriting: the base model as an untrained mapper, then SFT ---
-stage prompted/rewrite rewrite.py --method map --target "$BASE" --data "$WORLD/demos.jsonl" "${REWRITE[@]}"
+rewrite prompted map
 sft prompted "$OUT/prompted/rewrite/train.jsonl" $PROMPTED_GRID
 
 # --- DART: train the mapper, rewrite, SFT ---
-stage dart/mapper mapper_rl.py --task map --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $MAPPER_GRID
-stage dart/rewrite rewrite.py --method dart --mapper "$OUT/dart/mapper/model" --target "$BASE" \
-    --data "$WORLD/demos.jsonl" "${REWRITE[@]}"
-sft dart "$OUT/dart/rewrite/train.jsonl" $DART_GRID
+dart dart
 
 # --- direct GRPO on the target, for as long as all of DART took ---
-stage grpo/solve mapper_rl.py --task solve --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" $GRPO_GRID \
+stage grpo/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
     --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" --export_every 40
 
 # --- evaluation: all models in one engine ---
@@ -71,15 +70,7 @@ for path in "$OUT"/grpo/solve/model-??????; do [ -d "$path" ] && MODELS+=("grpo-
 stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 
 # --- ablations: DART with one part of its reward changed (where a cheat is allowed, rewriting allows it too) ---
-# ablation NAME "FLAGS OF MAPPER AND REWRITING" "FLAGS OF THE MAPPER"
-ablation() {
-    stage "ablation/$1/mapper" mapper_rl.py --task map --model "$BASE" --data "$WORLD/demos.jsonl" "${RL[@]}" \
-        $MAPPER_GRID $2 ${3:-}
-    stage "ablation/$1/rewrite" rewrite.py --method dart --mapper "$OUT/ablation/$1/mapper/model" --target "$BASE" \
-        --data "$WORLD/demos.jsonl" "${REWRITE[@]}" $2
-    sft "ablation/$1" "$OUT/ablation/$1/rewrite/train.jsonl" $DART_GRID
-    MODELS+=("$1=$OUT/ablation/$1/sft/model")
-}
+ablation() { dart "ablation/$1" "${@:2}"; MODELS+=("$1=$OUT/ablation/$1/sft/model"); }
 if [ -n "${ABLATE:-}" ]; then
     MODELS=("dart=$OUT/dart/sft/model")
     ablation no-penalty "--hard_cheats none --soft_weight 0"

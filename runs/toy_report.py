@@ -22,7 +22,7 @@ from toy_world import steps_right, style
 import common
 import reward
 
-ROUNDS = range(1, 5)  # of RASFT, in runs/compare.sh
+ROUNDS = [f"round-{r}/{stage}" for r in range(1, 5) for stage in ("rewrite", "sft")]  # of RASFT, in runs/compare.sh
 ARMS = {  # arm -> its stages
     "base": [],
     "sft": ["sft/sft"],
@@ -35,8 +35,8 @@ ARMS = {  # arm -> its stages
     "mtg": ["mtg/rewrite", "mtg/sft"],
     "mtg_dft": ["mtg/rewrite", "mtg_dft/sft"],
     "mtg_filtered": ["mtg_filtered/rewrite", "mtg_filtered/sft"],
-    "rasft": [f"rasft/{stage}-{r}" for r in ROUNDS for stage in ("rewrite", "sft")],
-    "rasft_filtered": [f"rasft_filtered/{stage}-{r}" for r in ROUNDS for stage in ("rewrite", "sft")],
+    "rasft": [f"rasft/{stage}" for stage in ROUNDS],
+    "rasft_filtered": [f"rasft_filtered/{stage}" for stage in ROUNDS],
     "prompted": ["prompted/rewrite", "prompted/sft"],
     "prompted_dart": ["prompted_dart/rewrite", "prompted_dart/sft"],
     "dart": ["dart/mapper", "dart/rewrite", "dart/sft"],

@@ -12,70 +12,67 @@
 # It starts with the acceptance of the world by the arms that know no mapper: base, SFT on the expert's text, SFT on
 # native text, on all four suites. The world was frozen on that table; what comes after it must not change it.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-bash runs/setup.sh
+export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+source "$(dirname "$0")/stages.sh"
 
-OUT=out/tune/seed100 WORLD=out/tune/seed100/world BASE=out/tune/seed100/world/base
-LRS=(3e-4 1e-3 2e-3 4e-3) STEPS=(40 160 400)  # 40 steps: 2 passes over the demonstrations
+SEED=100 OUT=out/tune/seed100
+WORLD="$OUT/world" BASE="$OUT/world/base" DEMOS="$OUT/world/demos.jsonl"
+LRS=(3e-4 1e-3 2e-3 4e-3) STEPS=(40 160 400) # 40 steps: 2 passes over the demonstrations
 RL_LRS=(1e-4 3e-4 1e-3)
-if GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) && [ "$GPUS" -gt 0 ]; then PROCESSES=$GPUS; else PROCESSES=2; fi
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
+SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096)
+RL=(--model "$BASE" --data "$DEMOS" --groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2
+    --micro_batch_tokens 4096 --gradient_checkpointing False)
+REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384)
 
-# stage FOLDER COMMAND...: runs COMMAND --output_dir FOLDER (a script that has finished there says so and returns).
-stage() { echo "--- $1"; .venv/bin/torchrun --standalone --nproc-per-node="$PROCESSES" "${@:2}" --output_dir "$1"; }
-# evaluate FOLDER BENCHMARK... -- NAME=MODEL...
+# evaluate NAME BENCHMARK... -- NAME=MODEL...
 evaluate() {
-    local folder="$1" benchmarks=()
+    local name="$1" benchmarks=()
     shift
     while [ "$1" != -- ]; do benchmarks+=("$WORLD/$1.jsonl"); shift; done
-    stage "$folder" evaluate.py --models "${@:2}" --benchmarks "${benchmarks[@]}" --samples 4 --greedy False \
+    stage "$name" evaluate.py --models "${@:2}" --benchmarks "${benchmarks[@]}" --samples 4 --greedy False \
         --max_tokens 128 --max_model_len 384
 }
-SFT=(--model "$BASE" --batch_size 32 --warmup 0.1 --micro_batch_tokens 4096)
 # grid ARM DATA LOSS...: fine-tunes with every learning rate and number of steps; scores them on the validation split.
 grid() {
     local models=() lr steps name
     for lr in "${LRS[@]}"; do
         for steps in "${STEPS[@]}"; do
             name="$1-$lr-$steps"
-            stage "$OUT/sft/$name" sft.py "${SFT[@]}" --data "$2" --lr "$lr" --steps "$steps" "${@:3}"
-            models+=("$name=$OUT/sft/$name/model")
+            sft "$name" "$2" --lr "$lr" --steps "$steps" "${@:3}"
+            models+=("$name=$OUT/$name/sft/model")
         done
     done
-    evaluate "$OUT/eval" validation -- "${models[@]}"
+    evaluate "eval/$1" validation -- "${models[@]}"
 }
 # best ARM: the name of its run with the highest accuracy on the validation split.
 best() {
-    .venv/bin/python - "$OUT/eval" "$1" <<'PY'
+    .venv/bin/python - "$OUT/eval/$1" <<'PY'
 import json, sys
 from pathlib import Path
 def accuracy(path):
     return json.loads(path.read_text())["benchmarks"]["validation"]["avg@n"]["value"]
-print(max(Path(sys.argv[1]).glob(f"{sys.argv[2]}-*/summary.json"), key=accuracy).parent.name)
+print(max(Path(sys.argv[1]).glob("*/summary.json"), key=accuracy).parent.name)
 PY
 }
-RL=(--model "$BASE" --data "$WORLD/demos.jsonl" --groups 24 --group_size 8 --max_tokens 128 --max_model_len 384
-    --warmup_steps 2 --micro_batch_tokens 4096 --gradient_checkpointing False)
-REWRITE=(--target "$BASE" --data "$WORLD/demos.jsonl" --samples 8 --max_tokens 128 --max_model_len 384)
 
-[ -d "$BASE" ] || OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed 100
+[ -d "$BASE" ] || OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
 
 if [ -z "${COMPARE:-}" ]; then
     # --- acceptance of the world ---
-    evaluate "$OUT/eval" validation -- base="$BASE"
-    grid sft "$WORLD/demos.jsonl"
+    evaluate eval/base validation -- base="$BASE"
+    grid sft "$DEMOS"
     grid oracle "$WORLD/oracle.jsonl"
     IMITATION=$(best sft) ORACLE=$(best oracle)
-    evaluate "$OUT/acceptance" in_distribution shorter longer reworded -- \
-        base="$BASE" "$IMITATION=$OUT/sft/$IMITATION/model" "$ORACLE=$OUT/sft/$ORACLE/model"
+    evaluate acceptance in_distribution shorter longer reworded -- \
+        base="$BASE" "$IMITATION=$OUT/$IMITATION/sft/model" "$ORACLE=$OUT/$ORACLE/sft/model"
 
     # --- the other arms of runs/toy.sh ---
-    stage "$OUT/prompted" rewrite.py --method map "${REWRITE[@]}"
-    grid prompted "$OUT/prompted/train.jsonl"
+    rewrite prompted map
+    grid prompted "$OUT/prompted/rewrite/train.jsonl"
     for lr in "${RL_LRS[@]}"; do
-        stage "$OUT/mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
-        stage "$OUT/grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
-        evaluate "$OUT/eval" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
+        stage "mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
+        stage "grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
+        evaluate "eval/grpo-$lr" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
     done
     # the mapper's learning rate: the one with the highest reward at the end
     MAPPER=$(.venv/bin/python - "$OUT" "${RL_LRS[@]}" <<'PY'
@@ -88,42 +85,37 @@ print(max(sys.argv[2:], key=final_reward))
 PY
     )
     echo "the mapper's learning rate: $MAPPER"
-    stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
-    grid dart "$OUT/dart/train.jsonl"
+    rewrite dart dart --mapper "$OUT/mapper-$MAPPER/model"
+    grid dart "$OUT/dart/rewrite/train.jsonl"
 else
     # --- the arms of runs/compare.sh ---
     STEPS=("${STEPS[-1]}") MAPPER=1e-4  # as the first part chose them
-    # texts SOURCE: its training set, OUT/SOURCE/train.jsonl.
+    # texts SOURCE: its training set, OUT/SOURCE/rewrite/train.jsonl.
     texts() {
         case "$1" in
-            rft) stage "$OUT/rft" rewrite.py --method self --fallback False "${REWRITE[@]}" ;;
-            mtg) stage "$OUT/mtg" rewrite.py --method resolve "${REWRITE[@]}" ;;
+            rft) rewrite rft self --fallback False ;;
+            mtg) rewrite mtg resolve ;;
             dart)
-                stage "$OUT/mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
-                stage "$OUT/dart" rewrite.py --method dart --mapper "$OUT/mapper-$MAPPER/model" "${REWRITE[@]}"
+                stage "mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
+                rewrite dart dart --mapper "$OUT/mapper-$MAPPER/model"
                 ;;
         esac
     }
     for arm in ${ARMS:-dft asft rft mtg rft_dft mtg_dft dart_dft rasft}; do
         case "$arm" in
-            dft | asft) grid "$arm" "$WORLD/demos.jsonl" --loss "$arm" ;;
-            rft | mtg) texts "$arm"; grid "$arm" "$OUT/$arm/train.jsonl" ;;
-            *_dft) texts "${arm%_dft}"; grid "$arm" "$OUT/${arm%_dft}/train.jsonl" --loss dft ;;
+            dft | asft) grid "$arm" "$DEMOS" --loss "$arm" ;;
+            rft | mtg) texts "$arm"; grid "$arm" "$OUT/$arm/rewrite/train.jsonl" ;;
+            rft_dft | mtg_dft | dart_dft)
+                texts "${arm%_dft}"
+                grid "$arm" "$OUT/${arm%_dft}/rewrite/train.jsonl" --loss dft
+                ;;
             rasft)
                 MODELS=()
                 for lr in "${LRS[@]}"; do
-                    name="rasft-$lr-$STEPS" model="$BASE" before=()
-                    for round in 1 2 3 4; do
-                        folder="$OUT/rasft/$name-$round"
-                        stage "$folder/rewrite" rewrite.py --method rasft --mapper "$model" "${REWRITE[@]}" \
-                            --seed "$round"
-                        stage "$folder/sft" sft.py --loss rasft "${SFT[@]}" --data "$folder/rewrite/train.jsonl" \
-                            --lr "$lr" --steps $((STEPS / 4)) --schedule_steps "$STEPS" "${before[@]}"
-                        model="$folder/sft/model" before=(--start_from "$folder/sft")
-                    done
-                    MODELS+=("$name=$model")
+                    rasft "rasft-$lr-$STEPS" 4 "$STEPS" "--lr $lr"
+                    MODELS+=("rasft-$lr-$STEPS=$OUT/rasft-$lr-$STEPS/round-4/sft/model")
                 done
-                evaluate "$OUT/eval" validation -- "${MODELS[@]}"
+                evaluate eval/rasft validation -- "${MODELS[@]}"
                 ;;
             *) echo "ARMS: no arm is called $arm" && exit 1 ;;
         esac
@@ -146,7 +138,7 @@ if accepted:
         values = [100 * told[suite]["avg@n"]["value"] for suite in suites]
         lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in [*values, sum(values) / len(values)]) + " |")
 lines += ["", "Validation accuracy in %, seed 100", "", "| run | avg@4 |", "|---|---|"]
-for name, told in read("eval").items():
+for name, told in read("eval/*").items():
     lines.append(f"| {name} | {100 * told['validation']['avg@n']['value']:.1f} |")
 table = "\n".join(lines) + "\n"
 (out.parent / "table.md").write_text(table)

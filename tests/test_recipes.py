@@ -104,6 +104,34 @@ def test_page_in_a_browser(two_nodes):
         assert len(colors) > 200 and 0.02 < 1 - max(count for count, _ in colors) / (1000 * 3000) < 0.5
 
 
+def report(*arguments) -> tuple[int, str]:
+    command = [str(ROOT / ".venv/bin/python"), str(ROOT / "runs/report.py"), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    return done.returncode, done.stdout
+
+
+def test_page_of_what_there_is(two_nodes, tmp_path):
+    """A run without its evaluation and rewrites, whose mapper's data is gone: the rest is shown, these are named."""
+    for stage in ("sft", "dart/mapper"):
+        shutil.copytree(two_nodes / stage, tmp_path / "run" / stage, ignore=shutil.ignore_patterns("model*"))
+    path = tmp_path / "run/dart/mapper/config.json"
+    told = json.loads(path.read_text())
+    told["config"]["data"] = str(tmp_path / "gone.jsonl")
+    path.write_text(json.dumps(told))
+    assert report(tmp_path / "run", "--out", tmp_path / "page")[0] == 0
+    for page in ((tmp_path / "page" / f"report.{kind}").read_text() for kind in ("html", "md")):
+        [missing] = [line for line in re.split(r"[\n>]", page) if line.startswith("Missing: ")]
+        assert "an evaluation (evaluate.py); rewrites (rewrite.py); texts of dart/mapper: " in missing
+        assert "gone.jsonl is not here" in missing and "fine-tuning" not in missing
+        assert "What the mapper learns" in page and "Fine-tuning" in page and "Direct RL" not in page
+
+    (tmp_path / "empty").mkdir()
+    code, told = report(tmp_path / "empty")
+    assert code == 2 and f"{tmp_path}/empty: no stage below" in told and "Traceback" not in told
+    code, told = report(tmp_path / "nothing")
+    assert code == 2 and f"{tmp_path}/nothing: no such folder" in told and "Traceback" not in told
+
+
 @pytest.mark.skipif("SLOW" not in os.environ, reason="22 stages, several minutes; SLOW=1 bash tests/run.sh runs it too")
 def test_every_method(world, tmp_path):
     """Mind the Gap, RASFT, their baselines and DART, with demonstrations of a teacher."""
@@ -114,5 +142,5 @@ def test_every_method(world, tmp_path):
         assert model in out
     teacher = [json.loads(line) for line in (tmp_path / "teacher/train.jsonl").read_text().splitlines()]
     assert 12 < len(teacher) <= 24 and {row["source"] for row in teacher} == {"self"}
-    last = json.loads((tmp_path / "rasft/sft-2/metrics.jsonl").read_text().splitlines()[-1])
+    last = json.loads((tmp_path / "rasft/round-2/sft/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2  # of one schedule over both rounds
