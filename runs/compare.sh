@@ -5,10 +5,9 @@
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/compare.sh; done
 #
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
-# further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100 from one grid (results/tune.md), but for RASFT's,
-# which is DART's until its cells have been run. Arms named *_filtered apply DART's hard cheats to texts of another source;
-# prompted_dart is DART's whole choice of rewrites with the untrained mapper, so that one sees what its training adds;
-# dart_kl is DART with the other alignment.
+# further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100 from one grid (results/tune.md). Arms named
+# *_filtered apply DART's hard cheats to texts of another source; prompted_dart is DART's whole choice of rewrites with the
+# untrained mapper, so that one sees what its training adds; dart_kl is DART with the other alignment.
 source "$(dirname "$0")/toy.sh"
 
 DFT_GRID="--lr 1e-3 --steps 400"
