@@ -219,8 +219,8 @@ def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
 
 def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
     """avg@n of every model on every benchmark, and every model against the first."""
-    names = Counter(Path(path).name for path in evaluations)
-    labels = {p: Path(p).name if names[Path(p).name] == 1 else "/".join(Path(p).parts[-2:]) for p in evaluations}
+    names, above = Counter(Path(path).name for path in evaluations), os.path.commonpath(evaluations)
+    labels = {p: Path(p).name if names[Path(p).name] == 1 else os.path.relpath(p, above) for p in evaluations}
     benchmarks = list(dict.fromkeys(b for suites in evaluations.values() for b in suites))
     shared = [b for b in benchmarks if all(b in suites for suites in evaluations.values())]
     columns = [(b, [b]) for b in benchmarks] + [("average", shared)] * (len(shared) > 1)

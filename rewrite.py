@@ -6,7 +6,8 @@ log-probability of a text's tokens under the frozen target that is asked the pla
 exactly what fine-tuning will see. Then the method decides what is imitated:
 
     dart     argmax over clean y_k of  A(y_k|x) - soft_weight * sum of soft cheats;     the mapper is the trained one
-             clean: ended by itself, one box, right, arithmetic holds, fidelity >= min_fidelity, no hard cheat
+             clean: ended by itself, one box, right, its last calculation agrees with the box, fidelity >=
+             min_fidelity, no hard cheat (false arithmetic is one)
     map      a verified rewrite of the untrained mapper, which is the target itself (prompted rewriting)
     self     a verified solution of the target's own (rejection-sampling fine-tuning; --fallback False)
     resolve  Mind the Gap, arXiv 2509.15157: a verified solution of its own; for problems without one, a verified
@@ -16,9 +17,9 @@ exactly what fine-tuning will see. Then the method decides what is imitated:
 
 Verified: ended by itself, one box, right, and none of --hard_cheats, which dart applies by default and the others when
 told to (with the same filter on every source, what dart gains is not merely its filter's). Where no text will do, the
-expert's is kept, with source "expert". A is maximal for dart under both alignments that a mapper can be trained with: a
-single text's "kl" reward would prefer what the mapper finds improbable. A method is the prompts it goes through, each
-for the problems that are still without a verified text, and a function `select_...(row, candidates, config) -> rows`.
+expert's is kept, with source "expert". dart chooses by A whichever alignment its mapper was trained with: the "kl"
+reward of a single text would prefer what the mapper finds improbable. A method is the prompts it goes through, each for
+the problems that are still without a verified text, and a function `select_...(row, candidates, config) -> rows`.
 
 Finished rows are flushed to candidates_*.rank{r}.jsonl and scored.rank{r}.jsonl; a run that is started again, on any
 number of ranks, does only what is missing. At the end stand train.jsonl (for sft.py) and scored.jsonl, which holds
@@ -62,7 +63,7 @@ class Config:
     samples: int = 8  # texts a demonstration and prompt (K); more: a better best one, in proportion more generation
     temperature: float = 1.0  # of sampling; lower: safer and less varied texts
     max_tokens: int = 1024  # longest text; what does not end by itself is never kept
-    max_model_len: int = 3072  # longest prompt and text together; a demonstration that does not fit is dropped
+    max_model_len: int = 3072  # longest prompt and text together; a demonstration that does not fit keeps its text
     # --- selection ---
     keep: str = "first"  # which verified text: first, random or likeliest (by A); dart and rasft have their own rule
     fallback: bool = True  # without an eligible text keep the expert's; False leaves the problem out (not for rasft)
@@ -260,7 +261,7 @@ def mean_align(model, tokenizer, pairs: list[tuple[str, str]], budget: int, devi
     return [logprobs.mean().item() for logprobs in common.score(model, rows, budget, device, desc)]
 
 
-def report(scored: list[dict], train: list[dict], config: Config) -> dict:
+def report(scored: list[dict], train: list[dict], config: Config, world: int) -> dict:
     """Shares, rates and costs, over training rows (sources) and over candidates (the rest)."""
     candidates = [c for row in scored for c in row["candidates"]]
 
@@ -283,8 +284,8 @@ def report(scored: list[dict], train: list[dict], config: Config) -> dict:
         **{f"candidate/{name}": mean(c[name] for c in candidates) for name in names},
         "candidate/truncated": mean(c["finish"] == "length" for c in candidates),
         "generated_tokens": sum(c["tokens"] for c in candidates),
-        "seconds/generate": sum(row["seconds"] for row in scored),  # of all ranks added up, interruptions included
-        "seconds/score": sum(row["score_seconds"] for row in scored),  # grading and judging of the last part included
+        "seconds/generate": sum(row["seconds"] for row in scored) / world,  # mean over ranks
+        "seconds/score": sum(row["score_seconds"] for row in scored) / world,
     }
 
 
@@ -300,18 +301,19 @@ def main():
     stamps = [common.weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: common.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
-    dropped = [i for i, length in longest.items() if length + 1 > config.max_model_len]
-    rows = [row | {"weights": stamps} for row in rows if longest[row["id"]] + 1 <= config.max_model_len]
-    common.check(rows, f"{config.data}: no demonstration's prompt fits --max_model_len {config.max_model_len}")
-    written = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share}
+    rows = [row | {"weights": stamps} for row in rows]
+    long = {i for i, length in longest.items() if length + 1 > config.max_model_len}
+    common.check(len(long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
+    written = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share} - long
     common.check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
     output = Path(config.output_dir)
     common.save_config(config, output, resumable=("output_dir", "score_tokens", "gpu_memory"))
     scored = common.read_parts(output, "scored", rows)
     known = {source: common.read_parts(output, f"candidates_{source}", rows) for source in sources}
     rank, world, device = common.init_distributed()
-    if dropped and rank == 0:
-        print(f"{len(dropped)} prompts exceed --max_model_len {config.max_model_len}, dropped: {' '.join(dropped)}")
+    if long and rank == 0:
+        told = f"{len(long)} prompts exceed --max_model_len {config.max_model_len}; nothing is written for"
+        print(f"{told} {' '.join(row['id'] for row in rows if row['id'] in long)}")
 
     # --- 2. generate, grade and judge: a further prompt only where no text is verified yet ---
     dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
@@ -366,7 +368,7 @@ def main():
         common.write_text(output / "train.jsonl", "".join(map(common.json_line, train)))
         for path in [path for source in sources for path in common.part_files(output, f"candidates_{source}")]:
             path.unlink()  # scored.jsonl holds them
-        told = report(scored, train, config) | {"dropped": len(dropped), **reward.FAILURES}
+        told = report(scored, train, config, world) | {"too_long": len(long), **reward.FAILURES}
         common.write_text(output / "metrics.jsonl", common.json_line(told))
         for name, value in told.items():
             print(f"{name:<28}{value:.4g}" if isinstance(value, float) else f"{name:<28}{value}")

@@ -205,7 +205,8 @@ def main():
     first = 0  # the step this run starts from: its predecessor's last
     if config.start_from:
         carried = common.last_checkpoint(Path(config.start_from))
-        common.check(carried, f"--start_from {config.start_from}: no checkpoint there (is its --schedule_steps set?)")
+        told = "no checkpoint there: name the run's folder, not its model/; and that run needs --schedule_steps"
+        common.check(carried, f"--start_from {config.start_from}: {told}")
         first = int(carried.name.removeprefix("checkpoint-"))
     tokenizer = common.load_tokenizer(config.model)
     source = AutoConfig.from_pretrained(config.model)

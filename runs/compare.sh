@@ -6,8 +6,10 @@
 #
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
 # further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100 from one grid (results/tune.md). Arms named
-# *_filtered apply DART's hard cheats to texts of another source; prompted_dart is DART's whole choice of rewrites with the
-# untrained mapper, so that one sees what its training adds; dart_kl is DART with the other alignment.
+# *_filtered apply DART's hard cheats to texts of another source, at that arm's learning rate; prompted_dart is DART's whole
+# choice of rewrites with the untrained mapper, so that one sees what its training adds, and dart_kl DART with the other
+# alignment, both at DART's rates. The rft arms have rows of the problems only that the base solves, the others of all.
+if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines of arms that you do not want" && exit 2; fi
 source "$(dirname "$0")/toy.sh"
 
 DFT_GRID="--lr 1e-3 --steps 400"
@@ -42,8 +44,8 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft 4 400 "$RASFT_GRID"
 rasft rasft_filtered 4 400 "$RASFT_GRID" $FILTER
 
-# --- DART's choice without its training, with the other alignment, its rewrites under DFT; direct GRPO that refuses what
-# DART refuses ---
+# --- DART's choice without its training, with the other alignment, its rewrites under DFT; direct GRPO with DART's
+# hard cheats in its reward ---
 rewrite prompted_dart dart
 sft prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl" $DART_GRID
 dart dart_kl "" "--align kl"

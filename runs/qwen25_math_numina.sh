@@ -20,9 +20,10 @@ OUT="${OUT:-out/qwen25_math_numina}"
 source "$(dirname "$0")/stages.sh"
 
 ROWS=10000 # what the plan takes TRAIN to have before it is there
-SFT=(--lr 5e-5 --batch_size 256 --weight_decay 0.01 --warmup 0.1 --max_length 2048 --gradient_checkpointing True)
+SFT=(--lr 5e-5 --batch_size 256 --weight_decay 0.01 --warmup 0.1 --max_length 2048 --gradient_checkpointing True
+    --save_every 20)
 LENGTHS=(--max_tokens 1024 --max_model_len 4096)
-REWRITE=(--samples 4 "${LENGTHS[@]}")
+REWRITE=(--samples 4 "${LENGTHS[@]}") # a prompt of Mind the Gap's; RASFT has 3, DART 8
 EVALUATE=(--samples 16 --greedy True --max_tokens 4096 --max_model_len 4096) # the model reads no more than 4096
 # what the plan assumes: lengths, and speeds of one GPU of the H100 class, not measured by us
 PLAN_FLAGS=(--prompt_tokens 150 --response_tokens 400 --tflops 400 --mfu 0.35 --decode_tokens_per_second 6000)
@@ -31,13 +32,13 @@ qwen25_math_numina() {
     for file in $BENCHMARKS; do data "$file"; done
     data "$TRAIN" --decontaminate $BENCHMARKS --limit 10000
     local rows steps
-    rows=$(rows "$TRAIN")
-    steps=$(((rows + 511) / 512 * 2)) # of every arm: one epoch; RASFT refreshes its rollouts after half of it
     BASE="$MODEL" DEMOS="$TRAIN"
     if [ -n "$TEACHER" ]; then
         stage teacher rewrite.py --method self --target "$TEACHER" --data "$TRAIN" "${REWRITE[@]}" --fallback False
         DEMOS="$OUT/teacher/train.jsonl"
     fi
+    rows=$(rows "$DEMOS")
+    steps=$(((rows + 511) / 512 * 2)) # of every arm: one epoch of the demonstrations, in two rounds for RASFT
 
     # --- imitation, with two losses ---
     sft sft "$DEMOS" --loss sft --steps "$steps"

@@ -16,7 +16,7 @@ OUT="${OUT:-out/qwen3_gsm8k}"
 source "$(dirname "$0")/stages.sh"
 
 ROWS=7473 # what the plan takes TRAIN to have before it is there
-SFT=(--lr 1e-5 --epochs 3 --batch_size 64 --warmup 0.05 --gradient_checkpointing True)
+SFT=(--lr 1e-5 --epochs 3 --batch_size 64 --warmup 0.05 --gradient_checkpointing True --save_every 100)
 EVALUATE=(--samples 8 --max_tokens 2048 --max_model_len 3072)
 # what the plan assumes: lengths, and speeds of one GPU of the H100 class, not measured by us
 PLAN_FLAGS=(--prompt_tokens 110 --response_tokens 180 --tflops 400 --mfu 0.3 --decode_tokens_per_second 10000)
@@ -24,7 +24,7 @@ PLAN_FLAGS=(--prompt_tokens 110 --response_tokens 180 --tflops 400 --mfu 0.3 --d
 qwen3_gsm8k() {
     for file in $BENCHMARKS; do data "$file"; done
     data "$TRAIN" --decontaminate $BENCHMARKS
-    local rows mapper_steps grpo_steps
+    local rows mapper_steps grpo_steps export_every step
     rows=$(rows "$TRAIN")
     mapper_steps=$(((2 * rows + 63) / 64)) # two passes over the problems, 64 a step
     grpo_steps=$((2 * mapper_steps))       # more than all of DART generates; accuracy over cost is in the report
@@ -38,12 +38,15 @@ qwen3_gsm8k() {
     stage dart/sft sft.py --model "$MODEL" --data "$OUT/dart/rewrite/train.jsonl" "${SFT[@]}"
 
     # --- direct RL on the target ---
+    export_every=$((grpo_steps / 4 + 1))
     stage grpo mapper_rl.py --task solve --model "$MODEL" --data "$TRAIN" --steps "$grpo_steps" --lr 1e-6 \
-        --export_every "$(((grpo_steps + 3) / 4))"
+        --export_every "$export_every"
 
     # --- evaluation ---
     MODELS=("base=$MODEL" "sft=$OUT/sft/model" "dart=$OUT/dart/sft/model" "grpo=$OUT/grpo/model")
-    for path in "$OUT"/grpo/model-??????; do [ -d "$path" ] && MODELS+=("grpo-${path##*-}=$path"); done
+    for ((step = export_every; step <= grpo_steps; step += export_every)); do
+        MODELS+=("$(printf "grpo-%06d=$OUT/grpo/model-%06d" "$step" "$step")")
+    done
     stage eval evaluate.py --models "${MODELS[@]}" --benchmarks $BENCHMARKS "${EVALUATE[@]}"
 }
 recipe qwen3_gsm8k

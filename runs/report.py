@@ -80,13 +80,12 @@ def lineage(model: str, stages: dict[Path, Stage]) -> list[Stage]:
     stage = stages.get(Path(model).resolve().parent)
     if stage is None:
         return []
-    config, found = stage.config, [stage]
-    if stage.script == "sft":
-        data = stages.get(Path(config["data"]).resolve().parent)
-        if data is not None:
-            found += [data, *lineage(data.config["mapper"], stages)]
-        if config["start_from"]:
-            found += lineage(f"{config['start_from']}/model", stages)
+    found, config = [stage], stage.config
+    while stage := stages.get(Path(config["data"]).resolve().parent):  # a training set, the demonstrations it came from
+        config = stage.config
+        found += [stage, *lineage(config["mapper"], stages)]
+    if start := found[0].config.get("start_from"):
+        found += lineage(f"{start}/model", stages)
     return list(dict.fromkeys(found))
 
 
@@ -211,7 +210,7 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
         return [(title, "step", [(word, xs, ys) for word, [(_, xs, ys)] in lines.items()])]
 
     aligned = over_steps(mappers, "mean log-probability", {"A": "A(y)", "A_expert": "A(y°)"})
-    for target, level in levels.items():
+    for target, level in levels.items() if aligned else ():
         last = max(stage.rows[-1]["step"] for stage in mappers if stage.config["target"] == target)
         own = "the target's own answers" + (f" ({target})" if len(levels) > 1 else "")
         aligned[0][2].append((own, [1, last], [level, level]))

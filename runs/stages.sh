@@ -2,7 +2,7 @@
 # MACHINE is NODESxPROCESSES; where it is not set, one process a GPU of this machine, or two on a CPU, one thread each:
 # generation is bound by Python, so processes beat threads there. A stage is a script's run under torchrun. A stage that is
 # finished is skipped when it is asked for again, unless its command or the defaults in its script's Config have changed,
-# which ends the run. With two or more nodes, start the same script on all of them at the same time, with OUT and data/ on
+# which ends the run (other edits are not noticed). With two or more nodes, start the same script on all of them at the same time, with OUT and data/ on
 # a disk that all see, and HOST and NODE_RANK set.
 cd "$(dirname "$0")/.."
 bash runs/setup.sh
@@ -25,7 +25,7 @@ stage() {
     local folder="$OUT/$1" started=$SECONDS made_by
     shift
     if [ -n "${PLANNING:-}" ]; then echo "torchrun ${LAUNCH[*]} $* --output_dir $folder" && return; fi
-    made_by="$*"$'\n'"$(sed -n '/^class Config/,/^    def /s/^    \([a-z_]*: [^#]*\).*/\1/p' "$1")"
+    made_by="$*"$'\n'"$(sed -n '/^class Config/,/^    def /s/^    \([a-z_0-9]*: [^#]*\).*/\1/p' "$1")"
     if [ -f "$folder/seconds" ]; then
         [ "$(cat "$folder/made_by")" = "$made_by" ] && return
         echo "$folder was made with other flags, or other defaults in $1:"

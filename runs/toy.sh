@@ -5,17 +5,26 @@
 #                                     # the figures are out/toy/seed0/report.html
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/toy.sh; done        # the table then has means and intervals
 #   ABLATE=1 bash runs/toy.sh         # adds DART with one part of its reward changed at a time
+#   OUT=out/kl bash runs/toy.sh dart  # after an edit of a script: this arm alone, in the same world; both on one page:
+#   .venv/bin/python runs/report.py out/toy/seed0 out/kl/seed0 --out out/both
 #
-# A stage that is finished is skipped when this is started again; one that was killed goes on where it was (its seconds are
-# then those of its last attempt). After editing a default in a script, choose another OUT. Every arm sees the same
-# problems, schedule and prompt. runs/tune.sh chose the learning rates and steps below on seed 100, which no result uses,
-# from one grid for all arms (results/tune.md).
+# A stage that is finished is skipped when this is started again; one that was killed goes on where it was (its seconds,
+# and direct GRPO's time if it was DART's, are then those of its last attempt). After an edit of a script choose another
+# OUT; after one of a prompt or of toy_world.py remove out/world too. What is set below wins over the scripts' defaults.
+# Every arm has the same problems, schedule and prompt. runs/tune.sh chose learning rates and steps on seed 100, which no
+# result uses, from one grid for all arms that fine-tune and one for both RL runs (results/tune.md).
 set -euo pipefail
 export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 source "$(dirname "$0")/stages.sh"
 
 SEED="${SEED:-0}"
-OUT="${OUT:-out/toy}/seed$SEED"
+OUT="${OUT:-out/toy}/seed$SEED" WORLD="out/world/seed$SEED"
+BASE="$WORLD/base" DEMOS="$WORLD/demos.jsonl"
+ALL=(sft oracle prompted dart grpo)
+ARMS=("${@:-${ALL[@]}}")
+for arm in "${ARMS[@]}"; do
+    if [[ " ${ALL[*]} " != *" $arm "* ]]; then echo "no arm is called $arm; there are ${ALL[*]}" && exit 2; fi
+done
 SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
 SFT_GRID="--lr 4e-3 --steps 400"      # expert text
 PROMPTED_GRID="--lr 3e-4 --steps 400" # untrained mapper's rewrites
@@ -39,34 +48,41 @@ dart() {
 }
 
 # --- the world: base model, demonstrations in the expert's words, benchmarks ---
-if [ ! -d "$OUT/world/base" ]; then
-    echo "--- $OUT/world"
-    OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$OUT/world" --seed "$SEED"
+if [ ! -d "$BASE" ]; then
+    echo "--- $WORLD"
+    OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
 fi
-WORLD="$OUT/world" BASE="$OUT/world/base" DEMOS="$OUT/world/demos.jsonl"
 
-# --- SFT on the expert's text, and on native text, which only a toy can have ---
-sft sft "$DEMOS" $SFT_GRID
-sft oracle "$WORLD/oracle.jsonl" $ORACLE_GRID
-
-# --- prompted rewriting: the base model as an untrained mapper, then SFT ---
-rewrite prompted map
-sft prompted "$OUT/prompted/rewrite/train.jsonl" $PROMPTED_GRID
-
-# --- DART: train the mapper, rewrite, SFT ---
-dart dart
-
-# --- direct GRPO on the target, for as long as all of DART took ---
-stage grpo/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
-    --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" --export_every 40
+# --- the arms ---
+MODELS=("base=$BASE")
+for arm in "${ARMS[@]}"; do
+    case "$arm" in
+        # SFT on the expert's text, and on native text, which only a toy can have
+        sft) sft sft "$DEMOS" $SFT_GRID ;;
+        oracle) sft oracle "$WORLD/oracle.jsonl" $ORACLE_GRID ;;
+        # prompted rewriting: the base model as an untrained mapper, then SFT
+        prompted) rewrite prompted map; sft prompted "$OUT/prompted/rewrite/train.jsonl" $PROMPTED_GRID ;;
+        # DART: train the mapper, rewrite, SFT
+        dart) dart dart ;;
+        # direct GRPO on the target, for as long as all of DART took
+        grpo)
+            [ -f "$OUT/dart/sft/seconds" ] || { echo "grpo takes as long as dart did: name dart before it" && exit 2; }
+            stage grpo/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
+                --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" --export_every 40
+            MODELS+=("grpo=$OUT/grpo/solve/model")
+            for path in "$OUT"/grpo/solve/model-??????; do
+                if [ -d "$path" ]; then MODELS+=("grpo-${path##*-}=$path"); fi
+            done
+            continue
+            ;;
+    esac
+    MODELS+=("$arm=$OUT/$arm/sft/model")
+done
 
 # --- evaluation: all models in one engine ---
 SUITE_FILES=()
 for suite in "${SUITES[@]}"; do SUITE_FILES+=("$WORLD/$suite.jsonl"); done
-MODELS=("base=$BASE")
-for arm in sft prompted dart oracle; do MODELS+=("$arm=$OUT/$arm/sft/model"); done
-MODELS+=("grpo=$OUT/grpo/solve/model")
-for path in "$OUT"/grpo/solve/model-??????; do [ -d "$path" ] && MODELS+=("grpo-${path##*-}=$path"); done
+rm -f "$OUT/eval/seconds" # there may be more models than last time; those that are done are skipped
 stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 
 # --- ablations: DART with one part of its reward changed (where a cheat is allowed, rewriting allows it too) ---
@@ -81,5 +97,8 @@ if [ -n "${ABLATE:-}" ]; then
 fi
 
 # --- the table over all seeds, and this seed's page of figures ---
-report() { .venv/bin/python runs/toy_report.py "${OUT%/*}" && .venv/bin/python runs/report.py "$OUT"; }
+report() {
+    if [ "${ARMS[*]}" = "${ALL[*]}" ]; then .venv/bin/python runs/toy_report.py "${OUT%/*}"; fi
+    .venv/bin/python runs/report.py "$OUT"
+}
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then report; fi  # runs/compare.sh goes on from here

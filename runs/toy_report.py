@@ -3,10 +3,10 @@
     python runs/toy_report.py [out/toy]
 
 What it reads in a seed's folder it keeps beside it, as seed0.json and so on; the table is made from these files, so
-seeds run on several machines are put together by copying theirs into one folder. It tells of the arms that every seed
-has: those of runs/toy.sh, and those of runs/compare.sh where it was run. An arm's costs are those of all its stages:
-training the mapper, rewriting, fine-tuning. Intervals and p are over seeds (t distribution, differences paired by seed;
-p is not corrected for the number of arms); with one seed there are none.
+seeds run on several machines are put together by copying theirs into one folder. It tells of the seeds that have all
+arms of runs/toy.sh, and of the further arms (runs/compare.sh) that every one of these has. An arm's costs are those of
+all its stages: training the mapper, rewriting, fine-tuning. Intervals and p are over seeds (t distribution,
+differences paired by seed; p is not corrected for the number of arms); with one seed there are none.
 """
 
 import json
@@ -127,11 +127,12 @@ def oracle_alignment(seed: Path) -> float:
     """A(y|x) of the native solutions under the base model, which no method here sees."""
     import torch
 
-    base = str(seed / "world/base")
+    world = Path("out/world") / seed.name
+    base = str(world / "base")
     tokenizer = common.load_tokenizer(base)
     pairs = [
         (common.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), common.response_ids(tokenizer, r["solution"]))
-        for r in read_rows(seed / "world/oracle.jsonl")
+        for r in read_rows(world / "oracle.jsonl")
     ]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = common.load_model(base, device, train=False)
@@ -229,7 +230,7 @@ def main():
 
     # --- 1. collect ---
     for path in sorted(out.glob("seed*/eval")):
-        if list(path.glob("*/summary.json")):
+        if all((path / arm / "summary.json").exists() for arm in ("base", "sft", "prompted", "dart", "grpo", "oracle")):
             common.write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
     kept = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("seed*.json"))}
     common.check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
@@ -248,8 +249,9 @@ def main():
     average = {arm: np.array(told["average"]) for arm, told in arms.items()}
     lines = [f"# Toy world, {len(seeds)} seed(s): {', '.join(seeds)}", ""]
     lines += [
-        "Accuracy in % (4 samples a problem at temperature 1; mean ± standard deviation over seeds); difference to SFT "
-        "in points, with its 95% interval and p over seeds (t, paired; not corrected for the number of arms).",
+        "Accuracy in % (4 samples a problem at temperature 1, sft_half_temperature at 0.5; mean ± standard deviation "
+        "over seeds); difference to SFT in points, with its 95% interval and p over seeds (t, paired; not corrected "
+        "for the number of arms).",
         "",
     ]
     rows = []
@@ -259,8 +261,8 @@ def main():
     lines += table(["arm", *SUITES, "average", "minus SFT"], rows)
     claims = [(a, b) for a, b in CLAIMS if a in arms and b in arms]
     rows = [[a, b, interval(list(100 * (average[a] - average[b])))] for a, b in claims]
-    lines += ["Orders that the papers claim, or that follow from them:", ""]
-    lines += table(["claimed better", "than", "difference in points"], rows)
+    lines += ["Differences between arms, first the orders that the papers claim:", ""]
+    lines += table(["arm", "minus", "difference in points"], rows)
     gain = (average["dart"] - average["sft"]).mean() / (average["oracle"] - average["sft"]).mean()
     lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
     lines += [

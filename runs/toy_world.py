@@ -27,7 +27,7 @@ benchmarks of tuning seeds (100 and above) and of the seeds that results are rep
 
 Left out on purpose: FSDP, bf16, resuming inside pretraining (it takes minutes). Finished parts are skipped.
 
-    python runs/toy_world.py --output_dir out/toy/seed0/world --seed 0
+    python runs/toy_world.py --output_dir out/world/seed0 --seed 0
 """
 
 import json
@@ -52,7 +52,7 @@ if __name__ != "__mp_main__":  # grading workers re-import this file and need no
 
 @dataclass
 class Config:
-    output_dir: str = "out/toy/seed0/world"  # folder of the world
+    output_dir: str = "out/world/seed0"  # folder of the world
     seed: int = 0  # draws problems, pretraining and weights; 100 and above are for tuning, results use those below
     demos: int = 600  # demonstrations
     benchmark_rows: int = 200  # problems in each benchmark and in the validation split
@@ -391,7 +391,7 @@ def data_files(config: Config) -> dict[str, list[dict]]:
     for i, chain in enumerate(unique(rng, config.demos, DEMO_LENGTHS, BUCKETS["demos"], taken)):
         row = {"id": f"demo-{i}", "problem": word_problem(chain, PLAIN[i % 2]), "answer": str(sum(chain))}
         files["demos.jsonl"].append({**row, "solution": solution(chain, "expert")})
-        oracle = {"source": "oracle", "sample": 0, "weight": 1.0, "align": 0.0, "expert_align": 0.0}
+        oracle = {"source": "oracle", "sample": 0, "weight": 1.0}
         files["oracle.jsonl"].append({**row, "solution": solution(chain, "native"), **oracle})
     buckets = BUCKETS["tuning" if config.seed >= 100 else "benchmark"]
     for suite, (lengths, wordings) in SUITES.items():

@@ -15,8 +15,8 @@ set -euo pipefail
 export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 source "$(dirname "$0")/stages.sh"
 
-SEED=100 OUT=out/tune/seed100
-WORLD="$OUT/world" BASE="$OUT/world/base" DEMOS="$OUT/world/demos.jsonl"
+SEED=100 OUT=out/tune/seed100 WORLD=out/world/seed100
+BASE="$WORLD/base" DEMOS="$WORLD/demos.jsonl"
 LRS=(3e-4 1e-3 2e-3 4e-3) STEPS=(40 160 400) # 40 steps: 2 passes over the demonstrations
 RL_LRS=(1e-4 3e-4 1e-3)
 SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096)

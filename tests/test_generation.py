@@ -67,6 +67,15 @@ def without_times(rows: list[dict]) -> list[dict]:
     return [{k: v for k, v in row.items() if "seconds" not in k and k != "grading_timeouts"} for row in rows]
 
 
+def same(a, b) -> bool:
+    """Equal, but for the last digits of numbers: texts that are scored in other batches are padded otherwise."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == pytest.approx(b, abs=1e-4) if isinstance(a, float) else a == b
+
+
 def fails(module, flags: str, monkeypatch, capsys) -> str:
     """The one line with which a script ends."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *flags.split()])
@@ -287,8 +296,8 @@ def test_rewrite_files(world, rewrites, tiny_model):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "scored.jsonl", "train.jsonl"]
     demos = {row["id"]: row for row in read(world / "demos.jsonl")}
     train, scored = read(folder / "train.jsonl"), read(folder / "scored.jsonl")
-    assert [row["id"] for row in train] == [row["id"] for row in scored] == [i for i in demos if i != "long"]
-    assert "1 prompts exceed --max_model_len 200, dropped: long" in printed
+    assert [row["id"] for row in train] == [row["id"] for row in scored] == list(demos)
+    assert "1 prompts exceed --max_model_len 200; nothing is written for long" in printed
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
@@ -340,8 +349,8 @@ def test_killed_rewriting_goes_on(rewrites):
     shared = times.keys() & again.keys()
     assert shared and all(times[i] == again[i] for i in shared)  # not generated again
     assert rows[110:] == [row | {"expert_align": -77.0} for row in reference[110:]]  # nor scored again
-    assert without_times(rows[:110]) == without_times(reference[:110])
-    assert read(continued / "train.jsonl")[:110] == read(whole / "train.jsonl")[:110]
+    assert same(without_times(rows[:110]), without_times(reference[:110]))
+    assert same(read(continued / "train.jsonl")[:110], read(whole / "train.jsonl")[:110])
     assert sorted(p.name for p in continued.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
