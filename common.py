@@ -317,13 +317,18 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_jsonl(
-    path: str, fields: dict[str, type], key: tuple[str, ...] = ("id",), optional: dict[str, type] | None = None
+    path: str,
+    fields: dict[str, type],
+    key: tuple[str, ...] = ("id",),
+    optional: dict[str, type] | None = None,
+    hint: str = "",
 ) -> list[dict]:
     """Rows of a JSONL file. Each must hold `fields`, of these types and not empty; `key` must be unique.
 
     Fields of `optional` may be missing, but where they stand they must be of their type.
 
-    Ends the program with file, line and field otherwise. An integer is taken where a float is asked for.
+    Ends the program with file, line and field (and `hint`, where one is missing) otherwise. An integer is taken where a
+    float is asked for.
     """
     check(Path(path).is_file(), f"{path}: no such file")
     rows, seen = [], {}
@@ -340,7 +345,7 @@ def read_jsonl(
             check(isinstance(row, dict), f"{path}, line {number}: a JSON object is needed, found {type(row).__name__}")
             present = {name: kind for name, kind in (optional or {}).items() if name in row}
             for name, kind in {**fields, **present}.items():
-                check(name in row, f"{path}, line {number}: field '{name}' is missing")
+                check(name in row, f"{path}, line {number}: field '{name}' is missing{hint}")
                 value = row[name]
                 good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
                 check(good, f"{path}, line {number}: field '{name}' must be {kind.__name__}, found {value!r:.60}")

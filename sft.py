@@ -174,10 +174,28 @@ def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
 
 def read_rows(config: Config) -> list[dict]:
     """Rows of the training set. A problem may stand several times, by source and sample."""
-    fields = {"id": str, "problem": str, "solution": str}
+    fields, hint = {"id": str, "problem": str, "solution": str}, ""
     if config.rho_low < config.rho_high:
         fields["align"] = float
-    return common.read_jsonl(config.data, fields, ("id", "source", "sample"), optional={"weight": float})
+        hint = "; rho needs a training set of rewrite.py's"
+    if config.loss == "rasft":
+        fields["weight"] = float
+        hint = "; --loss rasft needs a training set of `rewrite.py --method rasft`"
+    return common.read_jsonl(config.data, fields, ("id", "source", "sample"), {"weight": float}, hint)
+
+
+def other_policy(config: Config) -> str:
+    """Which other models RASFT's set was made with, as rewrite.py's config.json beside it tells; "" if none."""
+    path = Path(config.data).parent / "config.json"
+    made = json.loads(path.read_text()).get("config", {}) if path.exists() else {}
+    if config.loss != "rasft" or "mapper" not in made:
+        return ""
+    policy = f"{config.start_from}/model" if config.start_from else config.model
+    if Path(made["mapper"]).resolve() != Path(policy).resolve():
+        return f"its rollouts are {made['mapper']}'s, but the policy that is trained on is {policy}"
+    if Path(made["target"]).resolve() != Path(config.model).resolve():
+        return f"rho compares with {made['target']}, but --model is {config.model}"
+    return ""
 
 
 def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[dict], list[str]]:
@@ -225,6 +243,8 @@ def main():
 
     # --- 2. model and optimizer ---
     rank, world, device = common.init_distributed()
+    if rank == 0 and (told := other_policy(config)):
+        print(f"warning: {config.data}: {told}", flush=True)
     if rank == 0 and dropped:
         named = ", ".join(dropped[:10]) + (", ..." if len(dropped) > 10 else "")
         print(f"{len(dropped)} of {len(rows)} rows are longer than {limit} tokens and are dropped: {named}", flush=True)

@@ -147,7 +147,7 @@ def plain_training(model_folder: str, batches: list[list[dict]], lrs: list[float
 )
 def test_equals_plain_training(tiny_model, tmp_path, monkeypatch, flags, parts):
     # ratios below, inside and above the clips, which are reached through what the rows tell of the reference
-    rows = [row | {"align": (-8.0, -2.5, -0.1)[i % 3]} for i, row in enumerate(make_rows(7))]
+    rows = [{"weight": 1.0, "align": (-8.0, -2.5, -0.1)[i % 3]} | row for i, row in enumerate(make_rows(7))]
     data = write(tmp_path / "data.jsonl", rows)
     flags = dict(model=tiny_model, data=data, steps=4, batch_size=3, lr=1e-3, warmup=0.5, seed=5) | flags
     got = train(monkeypatch, output_dir=tmp_path / "out", micro_batch_tokens=150, head_chunk=7, **flags)
@@ -179,7 +179,7 @@ def test_dft_is_ce_times_probability_with_the_gradient_of_minus_p():
 
 def test_ratio_is_one_at_the_start_and_moves(tiny_model, tmp_path, monkeypatch):
     """RASFT's reference is one number a row, rewrite.py's A(y|x); while the model is still the reference, rho = 1."""
-    tokenizer, rows = common.load_tokenizer(tiny_model), make_rows(6)
+    tokenizer, rows = common.load_tokenizer(tiny_model), [{"weight": 1.0} | row for row in make_rows(6)]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for row in rows:
         prompt = common.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
@@ -462,7 +462,13 @@ BAD = [
     ({"max_length": 5}, GOOD, ["no row fits", "--max_length"]),
     ({"model": "nowhere"}, GOOD, ["nowhere", "tokenizer"]),
     ({"loss": "mse"}, GOOD, ["--loss", "sft", "dft", "mse"]),
-    ({"loss": "rasft"}, GOOD, ["data.jsonl, line 1", "'align'", "missing"]),
+    ({"loss": "rasft"}, GOOD, ["data.jsonl, line 1", "'align'", "missing", "rewrite.py --method rasft"]),
+    (
+        {"loss": "rasft"},
+        [make_rows(4)[3] | {"align": -1.0}],
+        ["data.jsonl, line 1", "'weight'", "missing", "--method rasft"],
+    ),
+    ({"rho_low": 0.5, "rho_high": 2}, GOOD, ["data.jsonl, line 1", "'align'", "missing", "rewrite.py"]),
     ({"power": -1}, GOOD, ["--power", "-1"]),
     ({"anchor": -1}, GOOD, ["--anchor", "-1"]),
     ({"rho_low": 2}, GOOD, ["--rho_low", "2"]),
@@ -496,6 +502,27 @@ def test_rows_of_one_problem_are_told_apart_by_source_and_sample(tmp_path):
     config.data = write(tmp_path / "d.jsonl", [row, row])
     with pytest.raises(SystemExit):
         sft.read_rows(config)
+
+
+def test_rollouts_of_another_policy_are_told(tmp_path):
+    """RASFT's set names the models it was made with; the loss assumes the one that is trained on, and the start."""
+
+    def told(made: dict, **flags) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({"config": made}))
+        return sft.other_policy(sft.Config(data=f"{tmp_path}/train.jsonl", output_dir="o", **flags))
+
+    base, other = f"{tmp_path}/base", f"{tmp_path}/other"
+    assert told({"mapper": base, "target": base}, model=f"{tmp_path}/../{tmp_path.name}/base", loss="rasft") == ""
+    said = told({"mapper": other, "target": base}, model=base, loss="rasft")
+    assert f"rollouts are {other}'s" in said and f"is {base}" in said
+    said = told({"mapper": base, "target": other}, model=base, loss="rasft")
+    assert f"compares with {other}" in said and f"--model is {base}" in said
+    second = dict(model=base, loss="rasft", start_from=f"{tmp_path}/round-1")
+    assert told({"mapper": f"{tmp_path}/round-1/model", "target": base}, **second) == ""
+    assert "round-1/model" in told({"mapper": base, "target": base}, **second)
+    assert told({"mapper": other, "target": other}, model=base, loss="dft") == ""
+    (tmp_path / "config.json").unlink()
+    assert sft.other_policy(sft.Config(model=base, data=f"{tmp_path}/x", output_dir="o", loss="rasft")) == ""
 
 
 def test_a_folder_of_another_config_is_refused(tiny_model, straight, monkeypatch, capsys):
