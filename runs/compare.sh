@@ -13,9 +13,9 @@ if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines
 source "$(dirname "$0")/toy.sh"
 
 DFT_GRID="--lr 1e-3 --steps 400"
-ASFT_GRID="--lr 3e-4 --steps 400"
-RFT_GRID="--lr 3e-4 --steps 400"
-RFT_DFT_GRID="--lr 3e-4 --steps 400"
+ASFT_GRID="--lr 1e-4 --steps 400"
+RFT_GRID="--lr 1e-4 --steps 400"
+RFT_DFT_GRID="--lr 1e-4 --steps 400"
 MTG_GRID="--lr 1e-3 --steps 400"
 MTG_DFT_GRID="--lr 1e-3 --steps 400"
 RASFT_GRID="--lr 3e-4"
