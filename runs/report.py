@@ -116,7 +116,11 @@ def scores(stages: list[Stage]) -> list[dict]:
                 one["tokens"] = row["generated_tokens"]
             found.append(one)
     names = [one["name"] for one in found]
-    return [one | {"name": one["long"] if names.count(one["name"]) > 1 else one["name"]} for one in found]
+    for one in found:
+        one["name"] = one["long"] if names.count(one["name"]) > 1 else one["name"]
+        if one["sampling"] != found[0]["sampling"]:  # the table's head tells of the first
+            one["name"] += f" ({one['sampling']})"
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
