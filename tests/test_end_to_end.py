@@ -141,7 +141,7 @@ def models(world, tmp_path_factory) -> dict[str, Path]:
 LENGTHS = "--max_tokens 24 --max_model_len 320"
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Llama"])
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
 def test_four_stages(family, models, world, tmp_path):
     model = models[family]
     demos = f"--data {world}/demos.jsonl"
