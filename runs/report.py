@@ -223,8 +223,8 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
         *over_steps(mappers, "reward", {"reward": "reward", "align": "align"}),
         *over_steps(mappers, "rates", {"gate": "gate", "clean": "clean", "correct": "correct"}),
         *aligned,
-        *over_steps(mappers, "length of rewrite / expert's text", {"length_ratio": "length"}),
-        *over_steps(mappers, "cheats (rate, or mean strength)", cheats),
+        *over_steps(mappers, "length / expert's length", {"length_ratio": "length"}),
+        *over_steps(mappers, "cheats", cheats),
         *over_steps(mappers, "entropy (nats)", {"entropy": "entropy"}),
     ]
     direct = [
@@ -240,7 +240,7 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
         ),
         (
             "What the mapper learns",
-            "Means of 3 steps.",
+            "Means of 3 steps; of hard cheats the rate, of soft ones (padding and the like) the strength.",
             figure(learnt, columns=2 + (len(mappers) > 1), legend=len(mappers) > 1),
         ),
         ("Direct RL on the target", "Means of 3 steps.", figure(direct, legend=len(solvers) > 1)),
