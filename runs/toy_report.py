@@ -67,7 +67,7 @@ CLAIMS = [
 ]  # of the first over the second
 EVALUATIONS = ("eval", "eval-compare", "eval-half")
 SUITES = ["in_distribution", "shorter", "longer", "reworded"]
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # t quantiles, by number of seeds
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t, by seeds
 
 
 # --- reading what the stages wrote ---
@@ -176,7 +176,7 @@ def p_value(values: list[float]) -> float:
 def interval(values: list[float]) -> str:
     """mean ± half of the 95% interval over seeds, p."""
     if len(values) not in T95:
-        return f"{np.mean(values):+.1f} (no interval: {len(values)} seed)"
+        return f"{np.mean(values):+.1f} (no interval; seeds: {len(values)})"
     half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):+.1f} ± {half:.1f}, p {p_value(values):.3f}"
 
