@@ -125,7 +125,7 @@ class ChunkedHead(torch.autograd.Function):
             if ref_hidden is None:
                 second[part] = -(logp.exp() * logp).sum(-1)
             else:  # KL(ref || policy) = sum_v p_ref(v) (log p_ref(v) - log p(v))
-                ref = logits_of(ref_hidden[part], ref_head).log_softmax(-1)
+                ref = logits_of(ref_hidden[part], ref_head, temperature).log_softmax(-1)
                 second[part] = (ref.exp() * (ref - logp)).sum(-1)
         if ref_hidden is None:
             ctx.mark_non_differentiable(second)
@@ -145,7 +145,7 @@ class ChunkedHead(torch.autograd.Function):
                 d = p.mul_(-grad[part, None])  # in place: one such matrix at a time
             else:
                 d = p.mul_((grad_kl - grad)[part, None])
-                d -= grad_kl[part, None] * logits_of(ref_hidden[part], ref_head).softmax(-1)
+                d -= grad_kl[part, None] * logits_of(ref_hidden[part], ref_head, ctx.temperature).softmax(-1)
             d.scatter_add_(-1, targets[part, None], grad[part, None])
             d /= ctx.temperature
             grad_hidden[part] = (d @ head).to(hidden.dtype)
@@ -450,6 +450,9 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if train else low)
     except (OSError, ValueError) as error:
         die(f"{folder}: no model could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder")
+    other = {name: getattr(model.config, name, None) for name in ("final_logit_softcapping", "logit_scale")}
+    strange = [name for name, value in other.items() if value] + ["lm_head.bias"] * (model.lm_head.bias is not None)
+    check(not strange, f"{folder}: {strange[:1]} is not supported; take a model of the Qwen2, Qwen3 or Llama kind")
     model.requires_grad_(train)  # stays on the CPU: fully_shard moves one layer at a time, so no GPU holds the whole
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -479,7 +482,10 @@ def full_weights(model, dtype) -> typing.Iterator[tuple[str, typing.Any]]:
 
 def save_model(model, tokenizer, folder: Path, dtype) -> None:
     """A plain Hugging Face folder in the dtype that is asked for; written beside and renamed. Collective."""
-    weights = {name: weight.cpu() for name, weight in full_weights(model, dtype)}
+    weights = {}
+    for name, weight in full_weights(model, dtype):
+        if dist.get_rank() == 0:  # the only one that holds them all
+            weights[name] = weight.cpu()
     if dist.get_rank() == 0:
         beside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
@@ -545,8 +551,7 @@ def resume_metrics(folder: Path, step: int) -> list[dict]:
     kept: dict[str, list[dict]] = {}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         path = folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a kill can cut the last line
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a kill can cut the last
         kept[name] = [row for row in map(json.loads, whole) if row["step"] <= step]
     dist.barrier()  # every rank has read before rank 0 writes
     if dist.get_rank() == 0:
@@ -591,6 +596,7 @@ def start_engine(folder: str, max_model_len: int, device, vocab: int, gpu_memory
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2, a GPU's default, takes other logits processors than a CPU's V1
     if device.type == "cpu":
         os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

@@ -41,15 +41,13 @@ import torch.distributed as dist
 import common
 import reward
 
-RESAMPLES = 2000  # bootstrap resamples; the smallest p that can be seen is 1 / RESAMPLES
+RESAMPLES = 2000  # bootstrap resamples; the smallest p that can be seen is 2 / RESAMPLES
 FLUSH_ROWS, FLUSH_SECONDS = 64, 5.0  # finished rows are graded and flushed when there are so many, or after so long
 
 
 @dataclass
 class Config:
-    models: list[str] = field(
-        default_factory=list
-    )  # model folders; NAME=FOLDER names one, else its last path part does
+    models: list[str] = field(default_factory=list)  # folders; NAME=FOLDER names one, else its last path part does
     benchmarks: list[str] = field(default_factory=list)  # JSONL files {id, problem, answer}; named by their file stem
     output_dir: str = ""  # where NAME/BENCHMARK.jsonl and NAME/summary.json go; started again, only the rest is done
     samples: int = 4  # n, answers sampled per problem; more narrow the intervals, but not below what the problems allow
@@ -129,7 +127,7 @@ def paired(first: list[dict[str, float]], other: list[dict[str, float]]) -> dict
         "difference": float(np.mean([d.mean() for d in differences])),
         "low": float(low),
         "high": float(high),
-        "p": float(np.clip(tail, 1 / RESAMPLES, 1.0)),
+        "p": float(np.clip(tail, 2 / RESAMPLES, 1.0)),
         "problems": sum(map(len, shared)),
     }
 
@@ -183,6 +181,8 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
     """Merges the ranks' parts in the order of the input and writes summary.json, over every benchmark done so far."""
     path = folder / "summary.json"
     old = json.loads(path.read_text()) if path.exists() else {"benchmarks": {}, "left_out": {}}
+    same = old.get("weights", head["weights"]) == head["weights"]
+    common.check(same, f"{folder} has results of other weights than {head['model']}: remove it, or choose another name")
     for benchmark, problems in suites.items():
         common.merge_parts(folder, benchmark, [problem["id"] for problem in problems])
     names = list(dict.fromkeys([*old["benchmarks"], *suites]))
@@ -349,7 +349,7 @@ def main():
     work: dict[str, list[tuple[str, dict, list[int]]]] = {name: [] for name in models}  # (benchmark, row, prompt)
     for name in models:
         for benchmark, rows in suites.items():
-            rows = [row | {"weights": stamps[name]} for row in rows]
+            rows = [{k: row[k] for k in ("id", "problem", "answer")} | {"weights": stamps[name]} for row in rows]
             done = common.read_parts(output / name, benchmark, rows)
             prompts = [common.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]

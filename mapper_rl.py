@@ -33,6 +33,7 @@ Started again with the same flags, it goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ class Config:
     gradient_checkpointing: bool = True  # recompute layers in the backward pass: a third slower, far less memory
     gpu_memory: float = 0.4  # share of the GPU that the engine may take
     # --- run ---
-    max_seconds: float = 0.0  # stop after this wall-clock time of the loop; 0: only after `steps`
+    max_seconds: float = 0.0  # stop after this time of steps by the clock, saving left out; 0: only after `steps`
     save_every: int = 20  # steps between checkpoints; 0: none
     export_every: int = 0  # steps between exported models (model-000020, ...), to draw a curve from; 0: none
     show: int = 4  # rollouts written to rollouts.jsonl a step
@@ -195,7 +196,9 @@ def update(policy, reference, optimizer, rollouts: list[dict], config: Config, v
                 loss = logprobs.sum() * 0.0  # a dummy row has no response: the pass only keeps the ranks in step
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        norms.append(norm.full_tensor().item())
+        norms.append(norm.full_tensor().item())  # the same on every rank
+        if not math.isfinite(norms[-1]):
+            raise RuntimeError(f"the gradient's norm is {norms[-1]}; the last checkpoint is from before it: lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     totals = torch.tensor([sums[name] for name in names], dtype=torch.float64)
@@ -224,7 +227,7 @@ def sync_weights(policy, llm, dtype) -> None:
 
 def rollouts_of(llm, tokenizer, rows: list[dict], step: int, config: Config) -> list[dict]:
     """`group_size` rollouts for each row, in one batch; ids and log-probabilities stay the engine's."""
-    # Seeded by (seed, step, row): a rollout depends neither on the batch around it nor on the number of ranks.
+    # Seeded by (seed, step, row): the draw depends neither on the batch around it nor on the number of ranks.
     params = [
         common.sampling(
             tokenizer,
@@ -275,6 +278,7 @@ def add_rewards(rollouts: list[dict], target, tau: float, config: Config, device
     rows = [(r["row"]["solve_ids"], r["ids"]) for r in passed]
     for r, logprobs in zip(passed, common.score(target, rows, config.micro_batch_tokens, device)):
         parts, expert = r["parts"], r["row"]["expert_align"]
+        # the metrics A, A_expert and align are means over these, the other parts over all rollouts
         parts["A"], parts["A_expert"] = logprobs.mean().item(), expert
         if config.align == "nll":
             parts["align"] = reward.align_nll(parts["A"], expert, tau)
@@ -336,7 +340,6 @@ def main():
 
     vocab = common.used_vocabulary(tokenizer)
     llm = common.start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, sleep=True)
-    torch.manual_seed(config.seed)  # after the engine, which resets torch's generator
     policy = common.load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
     target = common.load_model(config.target, device, train=False) if config.task == "map" else None
     reference = common.load_model(config.model, device, train=False) if config.beta_kl > 0 else None
@@ -363,6 +366,7 @@ def main():
     for step in bar:
         if config.max_seconds and elapsed >= config.max_seconds:
             break
+        torch.manual_seed(config.seed + step)  # dropout, in models that have it
         clock = [time.perf_counter()]
 
         # --- 1. sync: the engine gets the policy's weights (also at the start, and after a resume) ---
@@ -418,7 +422,8 @@ def main():
             "tokens_per_second": tokens / (clock[-1] - clock[0]),
             "elapsed": elapsed,
             "generated_tokens": generated,
-            "grading_timeouts": sum(gather([reward.FAILURES["timeouts"]])),
+            "grading_timeouts": sum(gather([reward.FAILURES["timeouts"]])),  # since the start of the processes
+            "grading_errors": sum(gather([reward.FAILURES["errors"]])),
             "peak_memory": max(gather([common.peak_memory(device)])),
         }
         if rank == 0:
@@ -431,10 +436,10 @@ def main():
             bar.set_postfix(
                 {k: f"{line[k]:.2f}" for k in ("reward", "clean", "correct", "A", "logprob_diff") if k in line}
             )
-            if step == first and stats and stats["logprob_diff"] > 0.05:
+            if stats and stats["logprob_diff"] > 0.05:
                 print(
-                    f"warning: engine and trainer disagree by {stats['logprob_diff']:.3f} nats a token at the first "
-                    "step (above 0.05): check dtype, chat template and weight sync before trusting this run"
+                    f"warning: step {step + 1}: engine and trainer disagree by {stats['logprob_diff']:.3f} nats a "
+                    "token (above 0.05): check dtype, chat template and weight sync before trusting this run"
                 )
             if not stats:
                 print(f"step {step + 1}: no group had any variance in its rewards; no update was made")

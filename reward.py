@@ -645,7 +645,7 @@ def _repetition(text: str) -> float:
 
 def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
     """Every term of HARD (0 or 1) and of SOFT ([0, 1]), by name."""
-    found, stated, source = boxes(rewrite), _STATED.search(rewrite), _SOURCE.search(rewrite)
+    found, stated, known = boxes(rewrite), _STATED.search(rewrite), (problem + expert).lower()
     claims = statements(rewrite)
     given = [(start, end) for start, end, _ in found] + ([stated.span()] if stated else [])  # where the answer is given
     inside = {content or "" for *_, content in found}
@@ -657,7 +657,7 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
         # little before it, measured on the rest: a long answer behind a short solution is not early
         "early_answer": float(any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given)),
         "no_reasoning": float(length < 0.15 * expected or skipped),
-        "mentions_source": float(bool(source) and source[0].lower() not in (problem + expert).lower()),
+        "mentions_source": float(any(m[0].lower() not in known for m in _SOURCE.finditer(rewrite))),
         "hedged": float(len(set(map(_normal, inside))) > 1 or either or bool(_MAYBE.search(behind))),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),

@@ -273,7 +273,7 @@ def test_paired_bootstrap_by_hand():
     # The same difference everywhere: no spread, however different the problems are; p at its floor.
     first = {str(i): i / 20 for i in range(10)}
     told = evaluate.paired([first], [{i: v + 0.25 for i, v in first.items()}])
-    assert [told[k] for k in ("difference", "low", "high", "p")] == pytest.approx([0.25, 0.25, 0.25, 1 / 2000])
+    assert [told[k] for k in ("difference", "low", "high", "p")] == pytest.approx([0.25, 0.25, 0.25, 2 / 2000])
     assert evaluate.paired([first], [first])["p"] == 1.0
     assert evaluate.paired([first], [{"z": 1.0}]) == {}
     # Two benchmarks: the mean of their mean differences.
@@ -284,6 +284,14 @@ def test_bootstrap_of_arrays_is_reproducible():
     scores = np.random.default_rng(0).random((50, 3))
     assert (evaluate.bootstrap([scores]) == evaluate.bootstrap([scores])).all()
     assert evaluate.bootstrap([scores]).shape == (evaluate.RESAMPLES, 3)
+
+
+def test_results_of_other_weights_are_not_averaged(tmp_path, capsys):
+    """A name whose weights have changed, on another benchmark: the old results would be averaged in."""
+    (tmp_path / "summary.json").write_text(json.dumps({"weights": "monday", "benchmarks": {}, "left_out": {}}))
+    with pytest.raises(SystemExit):
+        evaluate.finish_model(tmp_path, {}, {"weights": "tuesday", "model": "m", "left_out": {}}, tmp_path / "metrics")
+    assert f"{tmp_path} has results of other weights than m" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -330,3 +330,11 @@ def test_no_text_takes_long(text):
     thread.start()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_mention_of_the_source_behind_one_that_the_problem_makes():
+    problem, expert = "Is the given solution of 15+3 right?", r"15+3=18. \boxed{18}"
+    honest = r"The given solution needs 15+3=18. So \boxed{18}"
+    assert reward.cheats(problem, expert, honest, "18")["mentions_source"] == 0
+    told = honest.replace("So", "According to the teacher,")
+    assert reward.cheats(problem, expert, told, "18")["mentions_source"] == 1
