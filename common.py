@@ -362,17 +362,21 @@ def read_jsonl(
     return rows
 
 
+def written_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
+    a line at its end; it does not count."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+
+
 def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dict[str, dict]:
     """{id: row} of what has been finished: STEM.jsonl and the STEM.rank{r}.jsonl of all ranks, however many there were.
 
-    A process that was killed may leave half a line at the end of its part; it does not count. Ends the program if a
-    row does not belong to `inputs`: the fields that it shares with the input of its id must be the same.
+    Ends the program if a row does not belong to `inputs`: the fields that it shares with the input of its id must be
+    the same.
     """
     rows = {}
     for path in [folder / f"{stem}.jsonl", *part_files(folder, stem)]:
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []:
-            row = json.loads(line)
-            rows[row["id"]] = row
+        rows |= {row["id"]: row for row in written_rows(path)}
     if inputs is not None:
         asked = {row["id"]: row for row in inputs}
         for i, row in rows.items():
@@ -450,9 +454,10 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if train else low)
     except (OSError, ValueError) as error:
         die(f"{folder}: no model could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder")
-    other = {name: getattr(model.config, name, None) for name in ("final_logit_softcapping", "logit_scale")}
-    strange = [name for name, value in other.items() if value] + ["lm_head.bias"] * (model.lm_head.bias is not None)
-    check(not strange, f"{folder}: {strange[:1]} is not supported; take a model of the Qwen2, Qwen3 or Llama kind")
+    # logits_of multiplies by the head's weight and does nothing else
+    more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)]
+    more += ["lm_head.bias"] * (model.lm_head.bias is not None)
+    check(not more, f"{folder}: no support for {', '.join(more)}; take a model of the Qwen2, Qwen3 or Llama kind")
     model.requires_grad_(train)  # stays on the CPU: fully_shard moves one layer at a time, so no GPU holds the whole
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -550,9 +555,7 @@ def resume_metrics(folder: Path, step: int) -> list[dict]:
     """metrics.jsonl and rollouts.jsonl up to `step`; what was logged beyond the checkpoint is run again and dropped."""
     kept: dict[str, list[dict]] = {}
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        path = folder / name
-        whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a kill can cut the last
-        kept[name] = [row for row in map(json.loads, whole) if row["step"] <= step]
+        kept[name] = [row for row in written_rows(folder / name) if row["step"] <= step]
     dist.barrier()  # every rank has read before rank 0 writes
     if dist.get_rank() == 0:
         for name, rows in kept.items():

@@ -181,8 +181,6 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
     """Merges the ranks' parts in the order of the input and writes summary.json, over every benchmark done so far."""
     path = folder / "summary.json"
     old = json.loads(path.read_text()) if path.exists() else {"benchmarks": {}, "left_out": {}}
-    same = old.get("weights", head["weights"]) == head["weights"]
-    common.check(same, f"{folder} has results of other weights than {head['model']}: remove it, or choose another name")
     for benchmark, problems in suites.items():
         common.merge_parts(folder, benchmark, [problem["id"] for problem in problems])
     names = list(dict.fromkeys([*old["benchmarks"], *suites]))
@@ -347,7 +345,12 @@ def main():
     # --- 2. prompts, and what is already done ---
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
     work: dict[str, list[tuple[str, dict, list[int]]]] = {name: [] for name in models}  # (benchmark, row, prompt)
-    for name in models:
+    for name, path in models.items():
+        told = output / name / "summary.json"  # over all benchmarks so far, also those that are not asked for now
+        same = not told.exists() or json.loads(told.read_text()).get("weights") == stamps[name]
+        common.check(
+            same, f"{told.parent} has results of other weights than {path}'s; remove it or choose another name"
+        )
         for benchmark, rows in suites.items():
             rows = [{k: row[k] for k in ("id", "problem", "answer")} | {"weights": stamps[name]} for row in rows]
             done = common.read_parts(output / name, benchmark, rows)

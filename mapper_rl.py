@@ -197,8 +197,7 @@ def update(policy, reference, optimizer, rollouts: list[dict], config: Config, v
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         norms.append(norm.full_tensor().item())  # the same on every rank
-        if not math.isfinite(norms[-1]):
-            raise RuntimeError(f"the gradient's norm is {norms[-1]}; the last checkpoint is from before it: lower --lr")
+        common.check(math.isfinite(norms[-1]), "the gradient is not finite; lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     totals = torch.tensor([sums[name] for name in names], dtype=torch.float64)

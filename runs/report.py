@@ -41,9 +41,7 @@ class Stage:
         self.script = Path(told.get("command", [""])[0]).stem
         relative = str(folder.relative_to(run))
         self.name = "/".join(filter(None, (label, "" if relative == "." else relative)))
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = [json.loads(line) for line in lines if line.endswith("}")]  # a running stage may be writing
+        self.rows = common.written_rows(folder / "metrics.jsonl")
 
     def series(self, name: str) -> tuple[list, list]:
         """(steps, values) of what has that name."""
@@ -261,9 +259,7 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
 def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
     """Problems of the first step with the expert's text, the rewrite of that step, and the one that was trained on."""
     first, last = {}, {}
-    path = mapper.folder / "rollouts.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    for row in common.written_rows(mapper.folder / "rollouts.jsonl"):
         if row["step"] <= 5:
             first.setdefault(row["id"], row["text"])
         last[row["id"]] = row["text"]
@@ -271,8 +267,7 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
     mine = (mapper.folder / "model").resolve()
     for stage in stages:
         if stage.script == "rewrite" and Path(stage.config["mapper"]).resolve() == mine:
-            path = stage.folder / "train.jsonl"
-            chosen = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            chosen = common.written_rows(stage.folder / "train.jsonl")
             last |= {row["id"]: row["solution"] for row in chosen if row["source"] == "mapper"}
     shown = [i for i in first if i in demos and i in last and first[i].strip()][:PROBLEMS]
     texts = [{"expert": demos[i]["solution"], "before training": first[i], "after training": last[i]} for i in shown]
@@ -284,7 +279,7 @@ def own_answers(target: str, found: list[dict]) -> list[tuple[str, str]]:
     path = Path(target).resolve()
     folder = next((one["folder"] for one in found if Path(one["model"]).resolve() == path), None)
     files = sorted(folder.glob("*.jsonl")) if folder else []
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for file in files for row in common.written_rows(file)]
     rows = rows[:: max(1, len(rows) // OWN)][:OWN]
     return [(r["problem"], r["completions"][0]["text"]) for r in rows if r["completions"][0]["text"].strip()]
 

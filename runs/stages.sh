@@ -2,8 +2,8 @@
 # MACHINE is NODESxPROCESSES; where it is not set, one process a GPU of this machine, or two on a CPU, one thread each:
 # generation is bound by Python, so processes beat threads there. A stage is a script's run under torchrun. A stage that is
 # finished is skipped when it is asked for again, unless its command or the defaults in its script's Config have changed,
-# which ends the run (other edits are not noticed). With two or more nodes, start the same script on all of them at the same time, with OUT and data/ on
-# a disk that all see, and HOST and NODE_RANK set.
+# which ends the run (other edits are not noticed). With two or more nodes, start the same script on all of them at the
+# same time, with OUT and data/ on a disk that all see, and HOST and NODE_RANK set.
 cd "$(dirname "$0")/.."
 bash runs/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false

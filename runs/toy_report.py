@@ -74,13 +74,7 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 
 def metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return read_rows(path) if path.exists() else []
-
-
-def read_rows(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    return common.written_rows(folder / "metrics.jsonl")
 
 
 def mean_of(rows: list[dict], name: str) -> float:
@@ -132,7 +126,7 @@ def oracle_alignment(seed: Path) -> float:
     tokenizer = common.load_tokenizer(base)
     pairs = [
         (common.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), common.response_ids(tokenizer, r["solution"]))
-        for r in read_rows(world / "oracle.jsonl")
+        for r in common.read_jsonl(str(world / "oracle.jsonl"), {"problem": str, "solution": str})
     ]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = common.load_model(base, device, train=False)
@@ -143,7 +137,7 @@ def dart_checks(arm: Path) -> dict[str, float]:
     """What a mapper learnt, and whether its texts are honest by the world's own checker."""
     steps = metrics(arm / "mapper")
     first, last = steps[:1], steps[-5:]
-    rows = read_rows(arm / "rewrite/train.jsonl")
+    rows = common.read_jsonl(str(arm / "rewrite/train.jsonl"), {"source": str, "problem": str, "solution": str})
     mapped = [r for r in rows if r["source"] == "mapper"]
     right = [r for r in mapped if steps_right(r["problem"], r["solution"])]
     return {

@@ -129,21 +129,17 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture(scope="module")
-def models(world, tmp_path_factory) -> dict[str, Path]:
-    """Tied heads but for Llama's."""
-    folders = {family: tmp_path_factory.mktemp(family) / family for family in ("Qwen3", "Qwen2", "Llama")}
-    for family, folder in folders.items():
-        make_model(family, world, folder)
-    return folders
+@pytest.fixture(scope="module", params=["Qwen3", "Qwen2", "Llama"])
+def model(request, world, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / request.param
+    make_model(request.param, world, folder)
+    return folder
 
 
 LENGTHS = "--max_tokens 24 --max_model_len 320"
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Qwen2", "Llama"])
-def test_four_stages(family, models, world, tmp_path):
-    model = models[family]
+def test_four_stages(model, world, tmp_path):
     demos = f"--data {world}/demos.jsonl"
     run(ROOT / "mapper_rl.py", f"--model {model} {demos} --steps 1 --groups 2 --group_size 2 {LENGTHS} --save_every 0 "
         f"--output_dir {tmp_path}/mapper")  # fmt: skip
@@ -183,10 +179,8 @@ def test_four_stages(family, models, world, tmp_path):
         assert (tmp_path / f"eval/{name}/summary.json").exists()
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
-def test_trainer_and_engine_move_together(family, models, world, tmp_path):
+def test_trainer_and_engine_move_together(model, world, tmp_path):
     """With this learning rate an engine that keeps its weights is 0.16 nats a token away after one step."""
-    model = models[family]
     (tmp_path / "driver.py").write_text(RANDOM_REWARD)
     (tmp_path / "out").mkdir()
     run(tmp_path / "driver.py", f"--model {model} --data {world}/demos.jsonl --steps 3 --groups 4 --group_size 4 "

@@ -300,6 +300,25 @@ def test_gradient_is_clipped_to_a_global_norm(tiny_model, other_model, lone):
     assert moved == pytest.approx(0.01, rel=1e-3) and stats["grad_norm"] > 0.05
 
 
+def test_no_weight_becomes_nan(tiny_model, other_model, lone, capsys):
+    rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 4)
+    rollouts[2]["advantage"] = math.nan
+    *_, device = common.init_distributed()
+    with pytest.raises(SystemExit):
+        own_update(tiny_model, other_model, rollouts, make_config(), 1.0, device)
+    assert "the gradient is not finite" in capsys.readouterr().err
+
+
+def test_a_head_with_more_than_a_weight_is_refused(tmp_path, capsys):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    PhiForCausalLM(PhiConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        common.load_model(str(tmp_path), torch.device("cpu"), train=False)
+    assert f"{tmp_path}: no support for lm_head.bias" in capsys.readouterr().err
+
+
 SHARES = """
 import json, sys
 import torch
