@@ -260,7 +260,7 @@ def main():
     gain = (average["dart"] - average["sft"]).mean() / (average["oracle"] - average["sft"]).mean()
     lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]
     lines += [
-        "What it cost (seconds by the clock, start of the processes included; generation with grading and scoring; "
+        "What it cost (seconds by the clock; generation with grading and scoring, training with starting processes; "
         "memory of the largest training process), what it learnt from (share of the weight, mean log-probability under "
         "the base; RASFT: its last round) and what it forgot (shorter problems, points against the base):",
         "",
@@ -271,13 +271,14 @@ def main():
         sources = dict.fromkeys(name for one in data for name in one if name != "align")
         shares = {k.removeprefix("weight/"): np.mean([one.get(k, 0.0) for one in data]) for k in sources}
         forgot = 100 * (np.mean(told["suites"]["shorter"]) - np.mean(arms["base"]["suites"]["shorter"]))
-        cells = [f"{np.mean(told['seconds']):.0f}", f"{np.mean(told['generation_seconds']):.0f}"]
+        seconds, generation = np.mean(told["seconds"]), np.mean(told["generation_seconds"])
+        cells = [f"{seconds:.0f}", f"{generation:.0f}", f"{seconds - generation:.0f}"]
         cells += [f"{np.mean(told['generated_tokens']):,.0f}", f"{max(told['peak_memory']) / 2**20:,.0f} MiB"]
         cells += [", ".join(f"{k} {100 * v:.0f}%" for k, v in shares.items())]
         cells += [f"{mean_of(data, 'align'):.2f}" if data else "", f"{forgot:+.1f}"]
         rows.append([arm, *cells])
-    head = ["seconds", "of generation", "generated tokens", "memory", "sources", "A of its text", "shorter, minus base"]
-    lines += table(["arm", *head], rows)
+    head = ["seconds", "of generation", "of training", "generated tokens", "memory", "sources", "A of its text"]
+    lines += table(["arm", *head, "shorter, minus base"], rows)
     rows = [[name, *(f"{c[name]:.3f}" for c in checks)] for name in checks[0]]
     lines += table(["what the mapper learnt", *seeds], rows)
     lines += ["Direct GRPO over time (average accuracy; DART's total is in the table above):", ""]
