@@ -64,6 +64,14 @@ CLAIMS = [
     ("dart_kl", "dart"),
     ("dart_kl", "grpo"),
     ("dart_dft", "dart"),
+    ("dart_dft", "dft"),
+    ("dart", "rft"),
+    ("dart_dft", "rft_dft"),
+    ("rasft", "rft_dft"),
+    ("rft_filtered", "rft"),
+    ("mtg_filtered", "mtg"),
+    ("rasft_filtered", "rasft"),
+    ("grpo_filtered", "grpo"),
 ]  # of the first over the second
 EVALUATIONS = ("eval", "eval-compare", "eval-half")
 SUITES = ["in_distribution", "shorter", "longer", "reworded"]
