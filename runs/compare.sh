@@ -5,7 +5,7 @@
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/compare.sh; done
 #
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
-# further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100 from one grid (results/tune.md). Arms named
+# further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100, all with 400 steps (results/tune.md). Arms named
 # *_filtered apply DART's hard cheats to texts of another source, at that arm's learning rate; prompted_dart is DART's whole
 # choice of rewrites with the untrained mapper, so that one sees what its training adds, and dart_kl DART with the other
 # alignment, both at DART's rates. The rft arms have rows of the problems only that the base solves, the others of all.
@@ -53,12 +53,15 @@ sft dart_dft "$OUT/dart/rewrite/train.jsonl" --loss dft $DART_DFT_GRID
 stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
     --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" $FILTER
 
-# --- evaluation ---
-MODELS=("grpo_filtered=$OUT/grpo_filtered/solve/model")
-for arm in rasft rasft_filtered; do MODELS+=("$arm=$OUT/$arm/round-4/sft/model"); done
-for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered prompted_dart dart_kl dart_dft; do
-    MODELS+=("$arm=$OUT/$arm/sft/model")
+# --- evaluation of the arms that are there ---
+MODELS=()
+for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered prompted_dart dart_kl dart_dft \
+    grpo_filtered; do
+    for model in "$OUT/$arm"/{sft,round-4/sft,solve}/model; do
+        if [ -d "$model" ]; then MODELS+=("$arm=$model"); fi
+    done
 done
+rm -f "$OUT/eval-compare/seconds" # there may be more models than last time
 stage eval-compare evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 stage eval-half evaluate.py --models "sft_half_temperature=$OUT/sft/sft/model" --benchmarks "${SUITE_FILES[@]}" \
     "${EVALUATE[@]}" --temperature 0.5
