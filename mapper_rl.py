@@ -107,9 +107,10 @@ class Config:
             check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
         for name in ("temperature", "lr", "max_grad_norm", "importance_cap"):
             check(getattr(self, name) > 0, f"--{name} must be above 0, got {getattr(self, name)}")
-        for name in ("hard_weight", "soft_weight", "beta_kl", "kl_beta", "warmup_steps", "weight_decay", "max_seconds"):
+        for name in ("hard_weight", "soft_weight", "beta_kl", "warmup_steps", "weight_decay", "max_seconds"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
-        for name in ("save_every", "export_every", "show", "clip_high"):
+        check(0 <= self.kl_beta <= 0.5, f"--kl_beta must be from 0 to 0.5 (1 - kl_beta * 2 >= 0), got {self.kl_beta}")
+        for name in ("save_every", "export_every", "show", "seed", "clip_high"):
             check(getattr(self, name) >= 0, f"--{name} must not be negative, got {getattr(self, name)}")
         for name in ("min_fidelity", "clip_low"):
             check(0 <= getattr(self, name) <= 1, f"--{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -327,12 +328,13 @@ def main():
     tokenizer = common.load_tokenizer(config.model)
     if config.task == "map":
         common.same_tokenizer(tokenizer, config.model, common.load_tokenizer(config.target), config.target)
-    for folder in dict.fromkeys((config.model, config.target)):
-        common.weights_stamp(folder, config.max_model_len)  # ends here without weights, or with too short a context
+    inputs = {folder: common.weights_stamp(folder, config.max_model_len) for folder in (config.model, config.target)}
+    inputs[config.data] = common.data_stamp(config.data)
     rank, world, device = common.init_distributed()
     common.check(config.groups % world == 0, f"--groups {config.groups} must be a multiple of the {world} processes")
     out = Path(config.output_dir)
-    common.save_config(config, out)
+    machine = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "gpu_memory", "save_every")
+    common.save_config(config, out, machine, inputs)
     if (out / "model").exists():
         return print(f"{out}: finished already") if rank == 0 else None
     rows = prepare(rows, tokenizer, config, rank)

@@ -41,6 +41,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import common
@@ -294,14 +295,14 @@ def main():
     sources, select = METHODS[config.method]
 
     # --- 1. prompts ---
-    rows = common.read_jsonl(config.data, dict.fromkeys(("id", "problem", "solution", "answer"), str))
-    rows = rows[: config.limit or None]
+    fields = dict.fromkeys(("id", "problem", "solution", "answer"), str)
+    rows = common.read_jsonl(config.data, fields)[: config.limit or None]
     tokenizer = common.load_tokenizer(config.target)
     common.same_tokenizer(common.load_tokenizer(config.mapper), config.mapper, tokenizer, config.target)
     stamps = [common.weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: common.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
-    rows = [row | {"weights": stamps} for row in rows]
+    rows = [{name: row[name] for name in fields} | {"weights": stamps} for row in rows]  # ours go beside these four
     long = {i for i, length in longest.items() if length + 1 > config.max_model_len}
     common.check(len(long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
     written = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share} - long
@@ -357,6 +358,8 @@ def main():
     dist.barrier()
 
     # --- 4. select ---
+    failures = torch.tensor(list(reward.FAILURES.values()), device=device)
+    dist.all_reduce(failures)
     if rank == 0:
         common.merge_parts(output, "scored", [row["id"] for row in rows])
         scored = list(common.read_parts(output, "scored").values())
@@ -368,7 +371,8 @@ def main():
         common.write_text(output / "train.jsonl", "".join(map(common.json_line, train)))
         for path in [path for source in sources for path in common.part_files(output, f"candidates_{source}")]:
             path.unlink()  # scored.jsonl holds them
-        told = report(scored, train, config, world) | {"too_long": len(long), **reward.FAILURES}
+        told = report(scored, train, config, world) | {"too_long": len(long)}
+        told |= dict(zip(reward.FAILURES, failures.tolist()))  # of this start of the processes
         common.write_text(output / "metrics.jsonl", common.json_line(told))
         for name, value in told.items():
             print(f"{name:<28}{value:.4g}" if isinstance(value, float) else f"{name:<28}{value}")

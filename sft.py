@@ -181,7 +181,7 @@ def read_rows(config: Config) -> list[dict]:
     if config.loss == "rasft":
         fields["weight"] = float
         hint = "; --loss rasft needs a training set of `rewrite.py --method rasft`"
-    return common.read_jsonl(config.data, fields, ("id", "source", "sample"), {"weight": float}, hint)
+    return common.read_jsonl(config.data, fields, ("id", "source", "sample"), {"weight": float, "align": float}, hint)
 
 
 def other_policy(config: Config) -> str:
@@ -223,6 +223,8 @@ def main():
     first = 0  # the step this run starts from: its predecessor's last
     if config.start_from:
         carried = common.last_checkpoint(Path(config.start_from))
+        whole = (Path(config.start_from) / "model").exists() or not carried
+        common.check(whole, f"--start_from {config.start_from}: that run is not finished; start it again first")
         told = "no checkpoint there: name the run's folder, not its model/; and that run needs --schedule_steps"
         common.check(carried, f"--start_from {config.start_from}: {told}")
         first = int(carried.name.removeprefix("checkpoint-"))
@@ -237,7 +239,9 @@ def main():
     end = first + steps
     total = config.schedule_steps or end
     common.check(end <= total, f"--schedule_steps must be at least {end} (steps {first} to {end}), got {total}")
-    common.save_config(config, folder)
+    inputs = {config.data: common.data_stamp(config.data), config.model: common.weights_stamp(config.model, limit)}
+    machine = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "save_every")
+    common.save_config(config, folder, machine, inputs)
     if (folder / "model").exists():
         return print(f"{folder / 'model'} is there: this run is finished")
 

@@ -106,9 +106,8 @@ def world(tmp_path_factory, tiny_model):
     few = sum_demonstrations(7, seed=2)
     few[3]["answer"] = "99"  # nobody will say that
     write(folder / "few.jsonl", [*few, {"id": "long", "problem": "Add 1 and 2. " * 40, "answer": "3"}])
-    write(
-        folder / "demos.jsonl", [*sum_demonstrations(150, seed=3), few[0] | {"id": "long", "solution": "1+1=2. " * 99}]
-    )
+    demos = [*sum_demonstrations(150, seed=3), few[0] | {"id": "long", "solution": "1+1=2. " * 99}]
+    write(folder / "demos.jsonl", [row | {"expert_align": -9.0, "seconds": 1.0} for row in demos])  # as a teacher's are
     return folder
 
 
@@ -209,6 +208,21 @@ def test_compare_prints_finished_evaluations(evaluations, monkeypatch, capsys):
     assert [line.split()[0] for line in lines if line.count("±") == 3] == ["whole/other", "tiny", "killed/other"]
     same = [line.split() for line in lines if line.startswith("killed/other") and "p =" in line]
     assert len(same) == 3 and all(words[2] == "+0.0" and "1.0000" in words for words in same)
+
+
+def test_compare_tells_other_sampling_and_refuses_other_problems(evaluations, tmp_path, monkeypatch, capsys):
+    whole, copy = evaluations[0], tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    told = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(told | {"config": told["config"] | {"temperature": 0.5}}))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--compare", f"{whole}/tiny", f"{copy}/tiny"])
+    evaluate.main()
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == ["note: --temperature was 0.5 for copy/tiny, 1.0 for whole/tiny"]
+    rows = read(copy / "tiny/few.jsonl")
+    write(copy / "tiny/few.jsonl", [rows[0] | {"problem": "Add 9 and 9."}, *rows[1:]])
+    message = fails(evaluate, f"--compare {whole}/tiny {copy}/tiny", monkeypatch, capsys)
+    assert f"{copy}/tiny/few.jsonl" in message and repr(rows[0]["id"]) in message and "another problem" in message
 
 
 def test_finished_evaluation_refuses_other_flags_and_inputs(

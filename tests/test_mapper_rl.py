@@ -636,6 +636,8 @@ BAD = [  # flags, rows of the data, what the line names
     ({"lr": -1}, GOOD, ["--lr", "-1"]),
     ({"steps": 0}, GOOD, ["--steps", "0"]),
     ({"clip_low": 1.5}, GOOD, ["--clip_low", "1.5"]),
+    ({"kl_beta": 0.6}, GOOD, ["--kl_beta", "0.6"]),  # a right rewrite could be worth less than a wrong one
+    ({"seed": -1}, GOOD, ["--seed", "-1"]),
     ({"max_tokens": 160}, GOOD, ["--max_tokens 160", "--max_model_len 160"]),
     ({"max_model_len": 4096}, GOOD, ["--max_model_len 4096", "512"]),
     ({"max_model_len": 40}, GOOD, ["data.jsonl", "no prompt fits"]),
@@ -672,6 +674,11 @@ def test_folder_of_another_config_is_refused(straight, monkeypatch, capsys, lone
     flags, expected = straight
     line = fails(flags | {"lr": 2e-3}, monkeypatch, capsys)
     assert "--lr 0.001" in line and "0.002" in line and str(flags["output_dir"]) in line
+    data = Path(flags["data"])
+    old = data.read_bytes()
+    data.write_bytes(old + b"\n")
+    assert f"{data} has changed since {flags['output_dir']} was begun" in fails(flags, monkeypatch, capsys)
+    data.write_bytes(old)
     assert read(flags["output_dir"] / "metrics.jsonl") == expected
 
 

@@ -393,7 +393,7 @@ def test_finished_run_says_so(straight, tmp_path, monkeypatch, capsys):
     assert "finished" in capsys.readouterr().out
 
 
-def test_start_from_carries_model_optimizer_and_schedule(tiny_model, tmp_path, monkeypatch):
+def test_start_from_carries_model_optimizer_and_schedule(tiny_model, tmp_path, monkeypatch, capsys):
     rows = make_rows(20)
     flags = dict(model=tiny_model, batch_size=4, lr=1e-3, warmup=0.3, loss="dft")
     data = write(tmp_path / "one.jsonl", rows)
@@ -413,6 +413,10 @@ def test_start_from_carries_model_optimizer_and_schedule(tiny_model, tmp_path, m
         assert curve(joined, name) == curve(whole, name)
     assert distance(tmp_path / "b/model", tmp_path / "whole/model") == 0
     assert not list((tmp_path / "b").glob("checkpoint-*"))
+    (tmp_path / "a/model").rename(tmp_path / "a/later")  # as if it had been killed at that checkpoint
+    with pytest.raises(SystemExit):
+        train(monkeypatch, output_dir=tmp_path / "c", **flags)
+    assert f"--start_from {tmp_path / 'a'}: that run is not finished" in capsys.readouterr().err
 
 
 # --- what comes out ---
@@ -458,6 +462,8 @@ BAD = [
     ({}, [GOOD[0] | {"solution": 7}], ["line 1", "'solution'", "str", "7"]),
     ({}, [GOOD[0] | {"weight": "heavy"}], ["line 1", "'weight'", "float", "heavy"]),
     ({}, [GOOD[0] | {"weight": math.nan}], ["line 1", "'weight'", "nan"]),
+    ({}, [GOOD[0] | {"align": None}], ["line 1", "'align'", "float", "None"]),
+    ({}, [GOOD[0] | {"problem": "1 \ud83d"}], ["line 1", "'problem'", "half a character"]),
     ({}, [GOOD[0], GOOD[1], GOOD[0]], ["line 3", "r0", "line 1"]),
     ({"max_length": 5}, GOOD, ["no row fits", "--max_length"]),
     ({"model": "nowhere"}, GOOD, ["nowhere", "tokenizer"]),
@@ -531,3 +537,18 @@ def test_a_folder_of_another_config_is_refused(tiny_model, straight, monkeypatch
         train(monkeypatch, **flags | {"lr": 2e-3})
     assert "--lr 0.001" in (said := capsys.readouterr().err) and "0.002" in said
     assert read_metrics(flags["output_dir"]) == expected
+
+
+def test_a_finished_run_is_another_one_with_other_data_but_not_with_smaller_micro_batches(
+    straight, monkeypatch, capsys
+):
+    flags, expected = straight
+    data = Path(flags["data"])
+    assert train(monkeypatch, **flags | {"micro_batch_tokens": 60}) == expected
+    old = data.read_bytes()
+    write(data, make_rows(11))
+    with pytest.raises(SystemExit):
+        train(monkeypatch, **flags)
+    assert f"{data} has changed since {flags['output_dir']} was begun" in capsys.readouterr().err
+    data.write_bytes(old)
+    assert train(monkeypatch, **flags) == expected
