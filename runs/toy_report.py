@@ -128,7 +128,7 @@ def data_of(seed: Path, stages: list[str]) -> dict[str, float]:
         told = metrics(seed / "prompted/rewrite")[-1]  # which has scored the expert's texts
         return {"align": told["expert_align"], "weight/expert": 1.0}
     told = metrics(seed / rewriting[0])[-1]
-    rows = common.read_jsonl(str(seed / rewriting[0] / "train.jsonl"), {"problem": str, "solution": str})
+    rows = common.written_rows(seed / rewriting[0] / "train.jsonl")
     return {
         "align": told["align"],
         "right": float(np.mean([steps_right(row["problem"], row["solution"]) for row in rows])),
