@@ -186,12 +186,16 @@ def p_value(values: list[float]) -> float:
     return float(mpmath.betainc((n - 1) / 2, 0.5, 0, (n - 1) / (n - 1 + t2), regularized=True))
 
 
+def half_interval(values: list[float]) -> float:
+    """Half of the 95% interval of the mean over seeds (t); T95 must know their number."""
+    return T95[len(values)] * float(np.std(values, ddof=1)) / len(values) ** 0.5
+
+
 def interval(values: list[float]) -> str:
     """mean ± half of the 95% interval over seeds, p."""
     if len(values) not in T95:
         return f"{np.mean(values):+.1f} (no interval; seeds: {len(values)})"
-    half = T95[len(values)] * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{np.mean(values):+.1f} ± {half:.1f}, p {p_value(values):.3f}"
+    return f"{np.mean(values):+.1f} ± {half_interval(values):.1f}, p {p_value(values):.3f}"
 
 
 def spread(values: list[float]) -> str:
@@ -263,15 +267,16 @@ def main():
     lines = [f"# Toy world, {len(seeds)} seed(s): {', '.join(seeds)}", ""]
     lines += [
         "Accuracy in % (4 samples a problem at temperature 1, sft_half_temperature at 0.5; mean ± standard deviation "
-        "over seeds); difference to SFT in points, with its 95% interval and p over seeds (t, paired; not corrected "
-        "for the number of arms).",
+        "over seeds), the average also with its 95% interval over seeds (t); difference to SFT in points, with its "
+        "interval and p (t, paired by seed; not corrected for the number of arms).",
         "",
     ]
     rows = []
     for arm, told in arms.items():
         cells = [spread(told["suites"][suite]) for suite in SUITES] + [spread(told["average"])]
+        cells += [f"± {100 * half_interval(told['average']):.1f}" if len(seeds) in T95 else ""]
         rows.append([arm, *cells, "" if arm == "sft" else interval(list(100 * (average[arm] - average["sft"])))])
-    lines += table(["arm", *SUITES, "average", "minus SFT"], rows)
+    lines += table(["arm", *SUITES, "average", "its interval", "minus SFT"], rows)
     claims = [(a, b) for a, b in CLAIMS if a in arms and b in arms]
     rows = [[a, b, interval(list(100 * (average[a] - average[b])))] for a, b in claims]
     lines += ["Differences between arms, first the orders that the papers claim:", ""]
