@@ -210,8 +210,8 @@ def test_compare_prints_finished_evaluations(evaluations, monkeypatch, capsys):
     assert len(same) == 3 and all(words[2] == "+0.0" and "1.0000" in words for words in same)
 
 
-def test_compare_tells_other_sampling_and_refuses_other_problems(evaluations, tmp_path, monkeypatch, capsys):
-    whole, copy = evaluations[0], tmp_path / "copy"
+def test_compare_tells_other_sampling_and_refuses_other_problems(evaluations, monkeypatch, capsys):
+    whole, copy = evaluations[0], evaluations[0].parent / "copy"
     shutil.copytree(whole, copy)
     told = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(told | {"config": told["config"] | {"temperature": 0.5}}))
