@@ -674,6 +674,11 @@ def test_folder_of_another_config_is_refused(straight, monkeypatch, capsys, lone
     flags, expected = straight
     line = fails(flags | {"lr": 2e-3}, monkeypatch, capsys)
     assert "--lr 0.001" in line and "0.002" in line and str(flags["output_dir"]) in line
+    assert read(flags["output_dir"] / "metrics.jsonl") == expected
+
+
+def test_other_data_under_the_same_name_is_refused(straight, monkeypatch, capsys, lone):
+    flags, expected = straight
     data = Path(flags["data"])
     old = data.read_bytes()
     data.write_bytes(old + b"\n")
