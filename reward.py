@@ -1,9 +1,10 @@
 """What a text is worth: how a problem is asked, how an answer is read, what a rewrite earns.
 
     1. prompts      the words in which a problem is put to a model
-    2. answers      completion -> answer -> right or wrong
-    3. cheats       what a rewrite can do to look good without being good
-    4. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
+    2. token ids    the same as ids; where an answer ends
+    3. answers      completion -> answer -> right or wrong
+    4. cheats       what a rewrite can do to look good without being good
+    5. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
 
 Nothing but the standard library is imported at the top: grading runs in worker processes that run this file afresh, and
 a grader that first loads torch starts seconds late.
@@ -52,7 +53,103 @@ def guided_prompt(problem: str, solution: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Answers. Finding the answer is ours; plain numbers and equal strings are compared here, at once and exactly; what
+# 2. Token ids. Training, scoring, rewriting and evaluation all turn text into ids here, and nowhere else.
+# ---------------------------------------------------------------------------------------------------------------------
+
+# For every template: no thinking; and one date, since Llama 3.x writes today's into its prompt, which would make what is
+# trained today another prompt than what is evaluated tomorrow.
+_TEMPLATE = dict(enable_thinking=False, date_string="26 Jul 2024")
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    """Token ids of one user turn, up to where the assistant starts to speak."""
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **_TEMPLATE
+    )
+
+
+def response_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of an assistant's answer with its stop id. No template renders it: templates trim and rewrite."""
+    return tokenizer.encode(text, add_special_tokens=False) + [stop_id(tokenizer)]
+
+
+@functools.lru_cache
+def stop_id(tokenizer) -> int:
+    """The one id that training puts behind an answer: what the chat template puts there, else the tokenizer's EOS."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
+    after = tokenizer.apply_chat_template(turns, tokenize=False, **_TEMPLATE).rpartition("ANSWER")[2]
+    ids = tokenizer.encode(after.lstrip(), add_special_tokens=False)
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
+@functools.lru_cache
+def stop_ids(tokenizer) -> frozenset[int]:
+    """Every id that ends an answer: `stop_id`, the tokenizer's EOS and those of the model's generation_config.
+
+    Base models end with their EOS whatever the chat template says: sampling that knew the template's end alone would run
+    on behind it, and count a finished answer as truncated.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        more = GenerationConfig.from_pretrained(tokenizer.name_or_path).eos_token_id
+    except OSError:  # a model without a generation_config.json
+        more = None
+    more = more if isinstance(more, list) else [more]
+    return frozenset(i for i in (stop_id(tokenizer), tokenizer.eos_token_id, *more) if i is not None)
+
+
+def decode(tokenizer, ids: typing.Sequence[int]) -> str:
+    """Text of a completion without the id that ended it. Other special tokens stay visible: hiding them would hide a
+    fault."""
+    ids = list(ids)
+    if ids and ids[-1] in stop_ids(tokenizer):
+        ids = ids[:-1]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def used_vocabulary(tokenizer) -> int:
+    """Number of ids that mean something; embeddings are often padded beyond it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def load_tokenizer(folder: str):
+    """The tokenizer of a model folder. Ends the program (SystemExit with one line) if it cannot say how a question is
+    asked or where an answer ends."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        told = f"no tokenizer could be loaded ({str(error).splitlines()[0]}); give a Hugging Face model folder"
+        raise SystemExit(f"{folder}: {told}") from None
+    if not tokenizer.encode("1 + 1", add_special_tokens=False):
+        raise SystemExit(f"{folder}: the tokenizer has no vocabulary; is tokenizer.json missing?")
+    if not tokenizer.chat_template:
+        plain = "{{ bos_token }}{% for m in messages %}{{ m.content }}\\n\\n{% endfor %}"
+        told = "the tokenizer has no chat template; for a base model, put a file chat_template.jinja into the folder"
+        raise SystemExit(f"{folder}: {told}, for plain text: {plain}")
+    if stop_id(tokenizer) is None:
+        told = "neither the chat template nor the tokenizer names an end-of-answer token; set eos_token"
+        raise SystemExit(f"{folder}: {told}")
+    return tokenizer
+
+
+def check_same_tokenizer(one, other) -> None:
+    """Ends the program unless ids mean the same in both: rewrites are exchanged as ids and scored as ids."""
+    for name, of in (
+        ("vocabulary", lambda t: t.get_vocab()),
+        ("chat template", lambda t: t.chat_template),
+        ("end of an answer", stop_id),
+    ):
+        if of(one) != of(other):
+            told = f"{one.name_or_path} and {other.name_or_path} must share a tokenizer"
+            raise SystemExit(f"{told}; they differ in: {name}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Answers. Finding the answer is ours; plain numbers and equal strings are compared here, at once and exactly; what
 #    is left goes to math-verify, which may hang: only ever in worker processes, which die when their time is up.
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -361,7 +458,7 @@ def verify(completion: str, gold: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Cheats. What a rewrite can do to look good without being good, one named term each.
+# 4. Cheats. What a rewrite can do to look good without being good, one named term each.
 # ---------------------------------------------------------------------------------------------------------------------
 
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
@@ -667,7 +764,7 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: the paper
+# 5. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: the paper
 #    (DART, arXiv 2605.26924) names the three parts, likelihood, correctness and penalty; the formula is our
 #    reconstruction.
 # ---------------------------------------------------------------------------------------------------------------------
