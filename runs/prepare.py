@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
 import reward
+from rewrite import check, json_line, read_jsonl, run, write_text
 
 BLOCK = 2000  # rows graded at a time
 GRAM = 13  # words in a row that a training problem and a benchmark may not share
@@ -98,7 +98,7 @@ def load(source: Source, local: str | None):
     try:
         if Path(place).is_file():
             kind = kinds.get(Path(place).suffix)
-            common.check(kind, f"{place}: a file must end in {', '.join(kinds)}")
+            check(kind, f"{place}: a file must end in {', '.join(kinds)}")
             return datasets.load_dataset(kind, data_files=place, split="train")
         revision = None if local else source.revision
         return datasets.load_dataset(place, source.config, split=source.split, revision=revision)
@@ -108,10 +108,10 @@ def load(source: Source, local: str | None):
         datasets.exceptions.DatasetsError,
     ) as error:  # not there, gated, no network, no such split
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        common.die(
+        raise SystemExit(
             f"{place}: cannot be loaded ({reason}); if the hub cannot be reached or asks for a login, fetch it "
             "elsewhere and give the folder or file with --local"
-        )
+        ) from None
 
 
 def text_of(value) -> str:
@@ -173,7 +173,6 @@ def main():
         help="JSONL benchmarks: drop problems that share 13 words in a row (if shorter, the whole text) with them",
     )
     args = parser.parse_args()
-    check = common.check
     check(args.limit >= 0, f"--limit must not be negative, got {args.limit}")
     alone = len(args.names) == 1
     check(alone or not (args.out or args.local), "--out and --local are for one data set at a time")
@@ -184,7 +183,7 @@ def main():
         check(name in SOURCES or Path(name).is_file(), f"{name}: neither a known data set nor a file{guess} ({known})")
         check(name in SOURCES or args.problem, f"{name}: --problem must name the column of the problem")
         check(name in SOURCES or args.solution or args.answer, f"{name}: --solution or --answer must name a column")
-    benchmarks = {path: common.read_jsonl(path, {"id": str, "problem": str}) for path in args.decontaminate}
+    benchmarks = {path: read_jsonl(path, {"id": str, "problem": str}) for path in args.decontaminate}
     held_out = {gram: path for path, rows in benchmarks.items() for row in rows for gram in grams(row["problem"])}
     for name in args.names:
         prepare(name, args, held_out)
@@ -202,7 +201,7 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
     data = load(source, local)
     asked = [*source.problem.split("+"), *filter(None, (source.solution, source.answer))]
     for column in asked:
-        common.check(
+        check(
             column in data.column_names,
             f"{local or source.hub}: no column '{column}', it has {', '.join(data.column_names)}; name the right one "
             "with --problem, --solution or --answer",
@@ -240,11 +239,11 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
     ]
     left_out += [f"{count} that share {GRAM} words with {path}" for path, count in shared.items()]
     told = f"{stem}: {read_rows} of {len(data)} rows read, left out {', '.join(left_out)}"
-    common.check(chosen, f"{told}; nothing is left")
+    check(chosen, f"{told}; nothing is left")
     out.parent.mkdir(parents=True, exist_ok=True)
-    common.write_text(out, "".join(common.json_line(kept[i]) for i in chosen))
+    write_text(out, "".join(json_line(kept[i]) for i in chosen))
     print(f"{told}; wrote {len(chosen)} to {out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

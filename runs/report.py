@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
+import mapper_rl
 import reward
+from mapper_rl import check, init_distributed, load_model, read_jsonl, score, write_text, written_rows
 
 PROBLEMS = 4  # whose texts are shown
 OWN = 64  # answers of the target's own that its level is the mean of
@@ -41,7 +42,7 @@ class Stage:
         self.script = Path(told.get("command", [""])[0]).stem
         relative = str(folder.relative_to(run))
         self.name = "/".join(filter(None, (label, "" if relative == "." else relative)))
-        self.rows = common.written_rows(folder / "metrics.jsonl")
+        self.rows = written_rows(folder / "metrics.jsonl")
 
     def series(self, name: str) -> tuple[list, list]:
         """(steps, values) of what has that name."""
@@ -69,7 +70,7 @@ def find_stages(runs: list[Path]) -> list[Stage]:
         stages += [Stage(f, run, label) for f in folders if "config" in json.loads((f / "config.json").read_text())]
     known = ("mapper_rl", "rewrite", "sft", "evaluate")
     stages = [stage for stage in stages if stage.script in known]
-    common.check(stages, f"{', '.join(map(str, runs))}: no stage below (no config.json of {', '.join(known)})")
+    check(stages, f"{', '.join(map(str, runs))}: no stage below (no config.json of {', '.join(known)})")
     return stages
 
 
@@ -259,15 +260,15 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
 def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
     """Problems of the first step with the expert's text, the rewrite of that step, and the one that was trained on."""
     first, last = {}, {}
-    for row in common.written_rows(mapper.folder / "rollouts.jsonl"):
+    for row in written_rows(mapper.folder / "rollouts.jsonl"):
         if row["step"] <= 5:
             first.setdefault(row["id"], row["text"])
         last[row["id"]] = row["text"]
-    demos = {r["id"]: r for r in common.read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
+    demos = {r["id"]: r for r in read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
     mine = (mapper.folder / "model").resolve()
     for stage in stages:
         if stage.script == "rewrite" and Path(stage.config["mapper"]).resolve() == mine:
-            chosen = common.written_rows(stage.folder / "train.jsonl")
+            chosen = written_rows(stage.folder / "train.jsonl")
             last |= {row["id"]: row["solution"] for row in chosen if row["source"] == "mapper"}
     shown = [i for i in first if i in demos and i in last and first[i].strip()][:PROBLEMS]
     texts = [{"expert": demos[i]["solution"], "before training": first[i], "after training": last[i]} for i in shown]
@@ -279,7 +280,7 @@ def own_answers(target: str, found: list[dict]) -> list[tuple[str, str]]:
     path = Path(target).resolve()
     folder = next((one["folder"] for one in found if Path(one["model"]).resolve() == path), None)
     files = sorted(folder.glob("*.jsonl")) if folder else []
-    rows = [row for file in files for row in common.written_rows(file)]
+    rows = [row for file in files for row in written_rows(file)]
     rows = rows[:: max(1, len(rows) // OWN)][:OWN]
     return [(r["problem"], r["completions"][0]["text"]) for r in rows if r["completions"][0]["text"].strip()]
 
@@ -296,14 +297,14 @@ def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list
         if removed or not Path(mapper.config["data"]).is_file():
             missing.append(f"texts of {mapper.name}: {target} or {mapper.config['data']} is not here")
             continue
-        tokenizer, model = common.load_tokenizer(target), common.load_model(target, device, train=False)
+        tokenizer, model = reward.load_tokenizer(target), load_model(target, device, train=False)
 
         def ask(pairs, tokenizer=tokenizer, model=model):
             rows = [
-                (common.prompt_ids(tokenizer, reward.solve_prompt(x)), common.response_ids(tokenizer, y))
+                (reward.prompt_ids(tokenizer, reward.solve_prompt(x)), reward.response_ids(tokenizer, y))
                 for x, y in pairs
             ]
-            return [ids for _, ids in rows], common.score(model, rows, 8192, device)
+            return [ids for _, ids in rows], score(model, rows, 8192, device)
 
         own = own_answers(target, found)
         if own and target not in levels:
@@ -416,7 +417,7 @@ def markdown(title: str, found: list[dict], drawn: list, shown: list[dict], miss
         lines += ["## Accuracy", "", TABLE.format(found[0]["sampling"]), ""]
         lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
     for number, (name, told, svg) in enumerate(drawn, 1):
-        common.write_text(folder / f"figure-{number}.svg", svg)
+        write_text(folder / f"figure-{number}.svg", svg)
         lines += [f"## {name}", "", told, "", f"![{name}](figure-{number}.svg)", ""]
     lines += ["## Texts under the target's eyes", "", f"{TEXTS} Below {UNLIKELY:g}: bold.", ""] if shown else []
     for one in shown:
@@ -432,7 +433,7 @@ def main():
     parser.add_argument("--out", type=Path, help="where report.html and report.md go; default: the (first) RUN")
     args = parser.parse_args()
     for run in args.runs:
-        common.check(run.is_dir(), f"{run}: no such folder; name the output folder of a stage, or one above several")
+        check(run.is_dir(), f"{run}: no such folder; name the output folder of a stage, or one above several")
     stages = find_stages(args.runs)
     found = scores(stages)
     kinds = {(s.script, s.config.get("task")) for s in stages if s.rows}
@@ -443,16 +444,16 @@ def main():
         "sft": "fine-tuning (sft.py)",
     }
     missing = [told for script, told in wanted.items() if script not in {s for s, task in kinds if task != "solve"}]
-    common.init_distributed()
+    init_distributed()
     levels, shown, gaps = look(stages, found)
     drawn = figures(stages, found, levels)
     out = args.out or args.runs[0]
     out.mkdir(parents=True, exist_ok=True)
     title = " and ".join(str(run) for run in args.runs)
-    common.write_text(out / "report.html", page(title, found, drawn, shown, missing + gaps))
-    common.write_text(out / "report.md", markdown(title, found, drawn, shown, missing + gaps, out))
+    write_text(out / "report.html", page(title, found, drawn, shown, missing + gaps))
+    write_text(out / "report.md", markdown(title, found, drawn, shown, missing + gaps, out))
     print(f"wrote {out / 'report.html'} and report.md")
 
 
 if __name__ == "__main__":
-    main()
+    mapper_rl.run(main)

@@ -7,6 +7,7 @@
 cd "$(dirname "$0")/.."
 bash runs/setup.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that spin at barriers crawl where cores are shared
 GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) || GPUS=0
 if [ "$GPUS" = 0 ]; then MACHINE="${MACHINE:-1x2}"; else MACHINE="${MACHINE:-1x$GPUS}"; fi
 NODES="${MACHINE%x*}" PROCESSES="${MACHINE#*x}"

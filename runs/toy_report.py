@@ -19,8 +19,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from toy_world import steps_right, style
 
-import common
 import reward
+from mapper_rl import check, init_distributed, load_model, read_jsonl, run, score, write_text, written_rows
 
 ROUNDS = [f"round-{r}/{stage}" for r in range(1, 5) for stage in ("rewrite", "sft")]  # of RASFT, in runs/compare.sh
 ARMS = {  # arm -> its stages
@@ -87,7 +87,7 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 
 
 def metrics(folder: Path) -> list[dict]:
-    return common.written_rows(folder / "metrics.jsonl")
+    return written_rows(folder / "metrics.jsonl")
 
 
 def mean_of(rows: list[dict], name: str) -> float:
@@ -128,7 +128,7 @@ def data_of(seed: Path, stages: list[str]) -> dict[str, float]:
         told = metrics(seed / "prompted/rewrite")[-1]  # which has scored the expert's texts
         return {"align": told["expert_align"], "weight/expert": 1.0}
     told = metrics(seed / rewriting[0])[-1]
-    rows = common.written_rows(seed / rewriting[0] / "train.jsonl")
+    rows = written_rows(seed / rewriting[0] / "train.jsonl")
     return {
         "align": told["align"],
         "right": float(np.mean([steps_right(row["problem"], row["solution"]) for row in rows])),
@@ -142,21 +142,21 @@ def oracle_alignment(seed: Path) -> float:
 
     world = Path("out/world") / seed.name
     base = str(world / "base")
-    tokenizer = common.load_tokenizer(base)
+    tokenizer = reward.load_tokenizer(base)
     pairs = [
-        (common.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), common.response_ids(tokenizer, r["solution"]))
-        for r in common.read_jsonl(str(world / "oracle.jsonl"), {"problem": str, "solution": str})
+        (reward.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), reward.response_ids(tokenizer, r["solution"]))
+        for r in read_jsonl(str(world / "oracle.jsonl"), {"problem": str, "solution": str})
     ]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model = common.load_model(base, device, train=False)
-    return float(np.mean([s.mean().item() for s in common.score(model, pairs, 4096, device)]))
+    model = load_model(base, device, train=False)
+    return float(np.mean([s.mean().item() for s in score(model, pairs, 4096, device)]))
 
 
 def dart_checks(arm: Path) -> dict[str, float]:
     """What a mapper learnt, and whether its texts are honest by the world's own checker."""
     steps = metrics(arm / "mapper")
     first, last = steps[:1], steps[-5:]
-    rows = common.read_jsonl(str(arm / "rewrite/train.jsonl"), {"source": str, "problem": str, "solution": str})
+    rows = read_jsonl(str(arm / "rewrite/train.jsonl"), {"source": str, "problem": str, "solution": str})
     mapped = [r for r in rows if r["source"] == "mapper"]
     right = [r for r in mapped if steps_right(r["problem"], r["solution"])]
     return {
@@ -243,14 +243,14 @@ def collect(seed: Path) -> dict:
 
 def main():
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "out/toy")
-    common.init_distributed()
+    init_distributed()
 
     # --- 1. collect ---
     for path in sorted(out.glob("seed*/eval")):
         if all((path / arm / "summary.json").exists() for arm in ("base", "sft", "prompted", "dart", "grpo", "oracle")):
-            common.write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
+            write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
     kept = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("seed*.json"))}
-    common.check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
+    check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
     seeds = list(kept)
     arms: dict = {}
     for arm in ARMS:
@@ -324,12 +324,12 @@ def main():
         rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
         lines += table(["", *ablations], rows)
     text = "\n".join(lines)
-    common.write_text(out / "report.md", text)
+    write_text(out / "report.md", text)
     data = {"arms": arms, "grpo_curve": curves, "dart": checks, "ablations": ablations}
-    common.write_text(out / "report.json", json.dumps(data, indent=1))
+    write_text(out / "report.json", json.dumps(data, indent=1))
     print(f"\n{text}\nwrote {out / 'report.md'} and {out / 'report.json'}")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

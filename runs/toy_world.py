@@ -42,12 +42,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import common
-import reward
+import torch
+from tqdm import tqdm
 
-if __name__ != "__mp_main__":  # grading workers re-import this file and need no torch
-    import torch
-    from tqdm import tqdm
+import reward
+from reward import prompt_ids, response_ids, stop_id
+from sft import check, collate, micro_batches, parse_config, run, save_config, token_logprobs, write_text
 
 
 @dataclass
@@ -64,17 +64,14 @@ class Config:
     accumulate: int = 2  # micro-batches in an optimizer step: one length each, so one alone is a biased sample
     learning_rate: float = 6e-3  # peak; warm-up over 3% of the steps, then cosine to a tenth
 
-    def __post_init__(self):
-        for name in ("demos", "benchmark_rows", "layers", "pretrain_tokens", "accumulate"):
-            common.check(getattr(self, name) > 0, f"--{name} must be positive, got {getattr(self, name)}")
-        common.check(self.seed >= 0, f"--seed must be at least 0, got {self.seed}")
-        common.check(
-            self.hidden_size > 0 and self.hidden_size % 64 == 0,
-            f"--hidden_size must be a multiple of 64, got {self.hidden_size}",
-        )
-        common.check(0 <= self.map_share < 1, f"--map_share must be in [0, 1), got {self.map_share}")
-        common.check(self.batch_tokens >= 512, f"--batch_tokens must be at least 512, got {self.batch_tokens}")
-        common.check(0 < self.learning_rate < 1, f"--learning_rate must be in (0, 1), got {self.learning_rate}")
+
+RANGES = {
+    "[0, inf)": "seed",
+    "(0, inf)": "demos benchmark_rows hidden_size layers pretrain_tokens accumulate",
+    "[512, inf)": "batch_tokens",
+    "[0, 1)": "map_share",
+    "(0, 1)": "learning_rate",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +260,7 @@ def build_model(config: Config, tokenizer):
             max_position_embeddings=2048,
             tie_word_embeddings=True,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=common.stop_id(tokenizer),
+            eos_token_id=stop_id(tokenizer),
             bos_token_id=None,
         )
     )
@@ -295,15 +292,15 @@ def map_row(rng: random.Random) -> tuple[str, str]:
 
 
 def encode(tokenizer, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """What common.prompt_ids and common.response_ids give, for many rows at once (a template a row is slow)."""
+    """What prompt_ids and response_ids give, for many rows at once (a template a row is slow)."""
     before, after = tokenizer.apply_chat_template(
         [{"role": "user", "content": "@"}], add_generation_prompt=True, tokenize=False
     ).split("@")
     prompts = tokenizer([before + p + after for p, _ in rows], add_special_tokens=False)["input_ids"]
     responses = tokenizer([r for _, r in rows], add_special_tokens=False)["input_ids"]
-    encoded = [(p, r + [common.stop_id(tokenizer)]) for p, r in zip(prompts, responses)]
-    first = (common.prompt_ids(tokenizer, rows[0][0]), common.response_ids(tokenizer, rows[0][1]))
-    common.check(encoded[0] == first, "the toy's tokenizer and reward.py disagree on a prompt: the world is broken")
+    encoded = [(p, r + [stop_id(tokenizer)]) for p, r in zip(prompts, responses)]
+    first = (prompt_ids(tokenizer, rows[0][0]), response_ids(tokenizer, rows[0][1]))
+    check(encoded[0] == first, "the toy's tokenizer and reward.py disagree on a prompt: the world is broken")
     return encoded
 
 
@@ -318,10 +315,29 @@ def batches(config: Config, tokenizer, rng: random.Random):
                 fresh = encode(tokenizer, [kind(rng) for _ in range(200)])
                 rows += fresh
                 tokens += sum(len(p) + len(r) for p, r in fresh)
-        groups = common.micro_batches([len(p) + len(r) for p, r in rows], config.batch_tokens)
+        groups = micro_batches([len(p) + len(r) for p, r in rows], config.batch_tokens)
         rng.shuffle(groups)
         for group in groups:
             yield [rows[i] for i in group]
+
+
+def muon_step(weight, momentum, rate: float) -> None:
+    """One step of Keller Jordan's Muon (https://kellerjordan.github.io/posts/muon) on a matrix that has a gradient.
+
+    Five Newton-Schulz steps bring all singular values of the update near 1; its scale and the decay of the weight are
+    those of arXiv 2502.16982, so that `rate` is one for AdamW. torch.optim.Muon is the same in bf16, which a processor
+    without bf16 units is slow at; here all is in fp32.
+    """
+    with torch.no_grad():
+        momentum.lerp_(weight.grad, 1 - 0.95)
+        update = weight.grad.lerp(momentum, 0.95)  # Nesterov
+        x = update.T if len(update) > update.shape[1] else update  # the smaller Gram matrix
+        x = x / x.norm().clamp(min=1e-7)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        update = x.T if len(update) > update.shape[1] else x
+        weight.mul_(1 - 0.1 * rate).sub_(update, alpha=0.2 * max(weight.shape) ** 0.5 * rate)
 
 
 def pretrain(config: Config, model, tokenizer) -> None:
@@ -330,33 +346,28 @@ def pretrain(config: Config, model, tokenizer) -> None:
     # Muon learns the hidden matrices in about half the tokens that AdamW needs; embedding and norms stay with AdamW.
     hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(
-            hidden, lr=config.learning_rate, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    momenta = [torch.zeros_like(p) for p in hidden]
+    adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
     seen, steps, average, started = 0, 0, None, time.perf_counter()
     with tqdm(total=config.pretrain_tokens, desc="pretraining", unit="tok", unit_scale=True) as bar:
         while seen < config.pretrain_tokens:
             done = seen / config.pretrain_tokens
             rate = config.learning_rate * min(1, (done + 1e-3) / 0.03) * (0.55 + 0.45 * math.cos(math.pi * done))
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+            adamw.param_groups[0]["lr"] = rate
             parts = [next(source) for _ in range(config.accumulate)]
             count = sum(len(r) for part in parts for _, r in part)
             loss = 0.0
             for part in parts:
-                input_ids, mask = common.collate(part, "cpu")
-                logprobs, _ = common.token_logprobs(model, input_ids, mask, chunk=4096)
+                input_ids, mask = collate(part, "cpu")
+                logprobs = token_logprobs(model, input_ids, mask, chunk=4096)
                 part_loss = -logprobs.sum() / count
                 part_loss.backward()
                 loss += part_loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+            for weight, momentum in zip(hidden, momenta):
+                muon_step(weight, momentum, rate)
+            adamw.step()
+            model.zero_grad()
             tokens = sum(len(p) + len(r) for part in parts for p, r in part)
             seen, steps = seen + tokens, steps + 1
             average = loss if average is None else 0.95 * average + 0.05 * loss
@@ -410,15 +421,16 @@ def data_files(config: Config) -> dict[str, list[dict]]:
 
 
 def main():
-    config = common.parse_config(Config)
+    config = parse_config(Config, RANGES)
+    check(config.hidden_size % 64 == 0, f"--hidden_size must be a multiple of 64, got {config.hidden_size}")
     folder = Path(config.output_dir)
-    common.save_config(config, folder)
+    save_config(config, folder)
     started = time.perf_counter()
 
     # --- 1. data ---
     for name, rows in data_files(config).items():
         if not (folder / name).exists():
-            common.write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"data: {time.perf_counter() - started:.1f} s")
 
     # --- 2. base model ---
@@ -439,4 +451,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    run(main)

@@ -27,7 +27,7 @@ def measure(head: str, vocabulary: int, tokens: int) -> int:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    import common
+    import sft
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = Qwen3Config(
@@ -49,7 +49,7 @@ def measure(head: str, vocabulary: int, tokens: int) -> int:
         mask = torch.ones_like(input_ids, dtype=torch.bool)
         mask[:, 0] = False
         if head == "chunked":
-            logprobs, _ = common.token_logprobs(model, input_ids, mask)
+            logprobs, _ = sft.token_logprobs(model, input_ids, mask)
         else:
             logits = model(input_ids).logits[:, :-1].float()
             logprobs = logits.log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]

@@ -30,6 +30,18 @@ def sum_demonstrations(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
+@pytest.fixture(autouse=True)
+def no_process_group():
+    """Scripts that ran in this process leave neither a process group nor the variables that they set behind."""
+    yield
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Folder of a Qwen3 (2 layers, hidden 64) with its own byte-level BPE, trained for a few seconds to answer
@@ -38,8 +50,8 @@ def tiny_model(tmp_path_factory) -> str:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-    import common
     import reward
+    import sft
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     rows = sum_demonstrations(200)
@@ -61,7 +73,7 @@ def tiny_model(tmp_path_factory) -> str:
         head_dim=32,  # the smallest that vLLM has a CPU kernel for
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        eos_token_id=common.stop_id(tokenizer),
+        eos_token_id=reward.stop_id(tokenizer),
         bos_token_id=None,
     )
     model = Qwen3ForCausalLM(config)
@@ -74,13 +86,13 @@ def tiny_model(tmp_path_factory) -> str:
             c = int(row["answer"]) + rng.choice((0, 0, 0, 1))
             ask = rng.choice((reward.solve_prompt(row["problem"]), reward.map_prompt(row["problem"], row["solution"])))
             answer = f"{a}+{b}={c}. \\boxed{{{c}}}"
-            batch.append((common.prompt_ids(tokenizer, ask), common.response_ids(tokenizer, answer)))
-        ids, mask = common.collate(batch, "cpu")
+            batch.append((reward.prompt_ids(tokenizer, ask), reward.response_ids(tokenizer, answer)))
+        ids, mask = sft.collate(batch, "cpu")
         labels = ids.masked_fill(~mask, -100)
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    model.generation_config.eos_token_id = common.stop_id(tokenizer)
+    model.generation_config.eos_token_id = reward.stop_id(tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -110,7 +110,7 @@ def assert_known(samples: list[dict]) -> None:
 
 RANDOM_REWARD = """
 import json, random, sys
-import common, mapper_rl, reward
+import mapper_rl, reward
 
 rng = random.Random(0)
 reward.mapper_reward = lambda *parts: rng.random()
@@ -125,7 +125,7 @@ def noted(*given):
 mapper_rl.rollouts_of = noted
 
 if __name__ == "__main__":
-    common.run(mapper_rl.main)
+    mapper_rl.run(mapper_rl.main)
 """
 
 

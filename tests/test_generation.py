@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, sum_demonstrations
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import common
 import evaluate
 import reward
 import rewrite
+import sft
 
 
 def write(path: Path, rows: list) -> str:
@@ -76,16 +77,16 @@ def same(a, b) -> bool:
     return a == pytest.approx(b, abs=1e-5) if isinstance(a, float) else a == b
 
 
-def fails(module, flags: str, monkeypatch, capsys) -> str:
+def fails(module, flags: str, monkeypatch) -> str:
     """The one line with which a script ends."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *flags.split()])
-    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         module.main()
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2
-    assert len(lines) == 1, lines
-    return lines[0]
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        del os.environ["RANK"]  # by which init_distributed knows whether torchrun has started it
+    assert isinstance(end.value.code, str) and "\n" not in end.value.code, end.value.code
+    return end.value.code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,9 @@ def world(tmp_path_factory, tiny_model):
     few = sum_demonstrations(7, seed=2)
     few[3]["answer"] = "99"  # nobody will say that
     write(folder / "few.jsonl", [*few, {"id": "long", "problem": "Add 1 and 2. " * 40, "answer": "3"}])
-    demos = [*sum_demonstrations(150, seed=3), few[0] | {"id": "long", "solution": "1+1=2. " * 99}]
+    # two demonstrations without room for a rewrite; the second is longer than what the target can read
+    wide, giant = (few[0] | {"id": i, "solution": "1+1=2. " * n} for i, n in (("wide", 40), ("giant", 99)))
+    demos = [*sum_demonstrations(150, seed=3), wide, giant]
     write(folder / "demos.jsonl", [row | {"expert_align": -9.0, "seconds": 1.0} for row in demos])  # as a teacher's are
     return folder
 
@@ -182,7 +185,7 @@ def test_evaluation_files(world, evaluations, tiny_model):
     # The greedy answer is the one that a plain implementation finds under the prompt that training uses.
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for row in read(folder / "tiny" / "sums.jsonl")[:3]:
-        ids = torch.tensor([common.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))])
+        ids = torch.tensor([reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))])
         options = dict(do_sample=False, max_new_tokens=30, pad_token_id=2, attention_mask=torch.ones_like(ids))
         assert row["completions"][3]["text"] == tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] : -1])
 
@@ -221,7 +224,7 @@ def test_compare_tells_other_sampling_and_refuses_other_problems(evaluations, mo
     assert notes == ["note: --temperature was 0.5 for copy/tiny, 1.0 for whole/tiny"]
     rows = read(copy / "tiny/few.jsonl")
     write(copy / "tiny/few.jsonl", [rows[0] | {"problem": "Add 9 and 9."}, *rows[1:]])
-    message = fails(evaluate, f"--compare {whole}/tiny {copy}/tiny", monkeypatch, capsys)
+    message = fails(evaluate, f"--compare {whole}/tiny {copy}/tiny", monkeypatch)
     assert f"{copy}/tiny/few.jsonl" in message and repr(rows[0]["id"]) in message and "another problem" in message
 
 
@@ -231,15 +234,15 @@ def test_finished_evaluation_refuses_other_flags_and_inputs(
     folder = tmp_path / "copy"
     shutil.copytree(evaluations[0], folder)
     flags = f"--samples 3 --max_tokens 30 --max_model_len 160 --output_dir {folder} --models {tiny_model}"
-    message = fails(evaluate, f"{flags} --benchmarks {world}/sums.jsonl --seed 1", monkeypatch, capsys)
+    message = fails(evaluate, f"{flags} --benchmarks {world}/sums.jsonl --seed 1", monkeypatch)
     assert "--seed 0" in message and str(folder) in message
     rows = read(world / "sums.jsonl")
     changed = write(tmp_path / "sums.jsonl", [rows[0] | {"answer": "17"}, *rows[1:]])
-    message = fails(evaluate, f"{flags} --benchmarks {changed}", monkeypatch, capsys)
+    message = fails(evaluate, f"{flags} --benchmarks {changed}", monkeypatch)
     assert "answer" in message and "s0" in message
     other = flags.replace(tiny_model, f"tiny={world}/other")
     for benchmark in ("sums", "few", "demos"):  # the last is new: the other two would be averaged with it
-        message = fails(evaluate, f"{other} --benchmarks {world}/{benchmark}.jsonl", monkeypatch, capsys)
+        message = fails(evaluate, f"{other} --benchmarks {world}/{benchmark}.jsonl", monkeypatch)
         assert f"{folder}/tiny has results of other weights than {world}/other's" in message
 
 
@@ -311,13 +314,15 @@ def test_rewrite_files(world, rewrites, tiny_model):
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "metrics.jsonl", "scored.jsonl", "train.jsonl"]
     demos = {row["id"]: row for row in read(world / "demos.jsonl")}
     train, scored = read(folder / "train.jsonl"), read(folder / "scored.jsonl")
-    assert [row["id"] for row in train] == [row["id"] for row in scored] == list(demos)
-    assert "1 prompts exceed --max_model_len 200; nothing is written for long" in printed
+    assert [row["id"] for row in train] == [row["id"] for row in scored] == [i for i in demos if i != "giant"]
+    assert "2 prompts exceed --max_model_len 200; nothing is written for giant wide" in printed
+    assert "1 rows are longer than the 512 tokens the target reads, left out: giant" in printed
+    assert train[-1]["source"] == "expert" and not scored[-1]["candidates"]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def plain_align(problem: str, text: str) -> float:
-        prompt = common.prompt_ids(tokenizer, reward.solve_prompt(problem))
+        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(problem))
         ids = torch.tensor([prompt + tokenizer.encode(text) + [tokenizer.convert_tokens_to_ids("<|im_end|>")]])
         with torch.no_grad():
             logp = model(ids).logits.log_softmax(-1)[0, len(prompt) - 1 : -1]
@@ -496,7 +501,7 @@ def test_rasft_rolls_out_a_share_with_the_current_model(world, tiny_model):
     told = json.loads((folder / "metrics.jsonl").read_text())
     assert 0 < told["weight/self"] < 1 and told["weight/self"] + told["weight/expert"] == pytest.approx(1)
     # sft.py takes them all: a problem may stand several times
-    sft_rows = common.read_jsonl(str(folder / "train.jsonl"), {"align": float}, ("id", "source", "sample"))
+    sft_rows = sft.read_jsonl(str(folder / "train.jsonl"), {"align": float}, ("id", "source", "sample"))
     assert len(sft_rows) == len(train) > len(scored)
 
 
@@ -541,9 +546,9 @@ def test_bad_files(lines, named, tmp_path, tiny_model, monkeypatch, capsys):
     if lines is not None:
         write(path, lines)
     flags = f"--models {tiny_model} --benchmarks {path} --output_dir {tmp_path}/out"
-    message = fails(evaluate, flags, monkeypatch, capsys)
+    message = fails(evaluate, flags, monkeypatch)
     assert str(path) in message and named in message
-    message = fails(rewrite, f"--target {tiny_model} --data {path} --output_dir {tmp_path}/out", monkeypatch, capsys)
+    message = fails(rewrite, f"--target {tiny_model} --data {path} --output_dir {tmp_path}/out", monkeypatch)
     assert str(path) in message and named in message
     assert not (tmp_path / "out").exists()
 
@@ -573,7 +578,7 @@ def test_bad_flags_and_models(tmp_path, tiny_model, monkeypatch, capsys):
         (f"--compare {tmp_path}", str(tmp_path), "summary.json"),
         ("", "--models", "--compare"),
     ):
-        message = fails(evaluate, flags, monkeypatch, capsys)
+        message = fails(evaluate, flags, monkeypatch)
         assert all(name in message for name in named), message
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
@@ -593,6 +598,6 @@ def test_bad_flags_and_models(tmp_path, tiny_model, monkeypatch, capsys):
         (f"{good} --max_model_len 20", data, "--max_model_len 20"),
         (f"--data {data} --output_dir x", "--target"),
     ):
-        message = fails(rewrite, flags, monkeypatch, capsys)
+        message = fails(rewrite, flags, monkeypatch)
         assert all(name in message for name in named), message
     assert not (tmp_path / "out").exists()

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import ROOT, sum_demonstrations
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
 import mapper_rl
 import reward
 
@@ -83,18 +81,6 @@ def distance(a: dict, b: dict) -> float:
     return max((a[name] - b[name]).abs().max().item() for name in a)
 
 
-@pytest.fixture
-def lone(monkeypatch):
-    """A process group of one in this process; gone, with the variables that it set, afterwards."""
-    with monkeypatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            patch.setenv(name, "")
-            del os.environ[name]
-        yield
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss by hand
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,13 +139,13 @@ def test_advantages():
 
 
 def test_every_problem_once_an_epoch_over_steps_that_cross_epochs():
-    stream = [i for step in range(5) for i in mapper_rl.problems_of_step(10, step, 4, seed=3)]
+    stream = [i for step in range(5) for i in mapper_rl.rows_of_step(10, step, 4, seed=3)]
     assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
     assert stream[:10] != stream[10:]
-    assert stream != [i for step in range(5) for i in mapper_rl.problems_of_step(10, step, 4, seed=4)]
-    many = mapper_rl.problems_of_step(3, 1, 7, seed=0)  # places 7 to 13 of the epochs 6-8, 9-11, 12-14
+    assert stream != [i for step in range(5) for i in mapper_rl.rows_of_step(10, step, 4, seed=4)]
+    many = mapper_rl.rows_of_step(3, 1, 7, seed=0)  # places 7 to 13 of the epochs 6-8, 9-11, 12-14
     assert len(many) == 7 and sorted(many[2:5]) == [0, 1, 2]
-    assert mapper_rl.problems_of_step(3, 0, 7, seed=0)[6] not in many[:2]
+    assert mapper_rl.rows_of_step(3, 0, 7, seed=0)[6] not in many[:2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,8 +160,9 @@ def make_rollouts(tokenizer, count: int) -> list[dict]:
     for i in range(count):
         length = 3 + 5 * i % 17
         ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
-        prompt = common.prompt_ids(tokenizer, f"Add {i} and {'1' * (i % 3 + 1)}.")
-        logprobs = (-10 + 3 * torch.randn(length, generator=generator)).tolist()
+        prompt = reward.prompt_ids(tokenizer, f"Add {i} and {'1' * (i % 3 + 1)}.")
+        # above and below the trainer's, whatever the temperature: some importance weights reach their cap
+        logprobs = (-14 + 8 * torch.randn(length, generator=generator)).clamp(max=-0.01).tolist()
         advantage = 0.3 * torch.randn((), generator=generator).item()
         rollouts.append(dict(prompt_ids=prompt, ids=ids, logprobs=logprobs, advantage=advantage))
     return rollouts
@@ -202,22 +189,19 @@ def plain_update(folder: str, reference: str, rollouts: list[dict], config: mapp
 
     def logp(model, r):
         logits = model(torch.tensor([r["prompt_ids"] + r["ids"]])).logits[0, len(r["prompt_ids"]) - 1 : -1, :vocab]
-        logp = (logits / config.temperature).log_softmax(-1)
-        entropy = -(logp.exp() * logp).sum()
-        return logp[range(len(r["ids"])), r["ids"]], entropy.item()
+        return (logits / config.temperature).log_softmax(-1)[range(len(r["ids"])), r["ids"]]
 
     count = sum(len(r["ids"]) for r in rollouts)
     n = config.groups * config.group_size * config.max_tokens if config.constant_denominator else count
-    old = [logp(model, r)[0].detach() for r in rollouts]
-    stats = dict(loss=0.0, entropy=0.0, clip_fraction=0.0, importance_clip_fraction=0.0, logprob_diff=0.0)
+    old = [logp(model, r).detach() for r in rollouts]
+    stats = dict(loss=0.0, clip_fraction=0.0, importance_clip_fraction=0.0, logprob_diff=0.0)
     largest, norms = 0.0, []
     for _ in range(config.passes):
         loss = 0.0
         for r, before in zip(rollouts, old):
-            now, entropy = logp(model, r)
-            stats["entropy"] += entropy / count
+            now = logp(model, r)
             with torch.no_grad():
-                start = logp(other, r)[0]
+                start = logp(other, r)
             for t, mu in enumerate(r["logprobs"]):
                 gap = (before[t] - mu).item()
                 ratio, a = (now[t] - before[t]).exp(), r["advantage"]
@@ -245,23 +229,25 @@ def plain_update(folder: str, reference: str, rollouts: list[dict], config: mapp
 
 def own_update(folder: str, reference: str, rollouts: list[dict], config: mapper_rl.Config, lr: float, device):
     """mapper_rl.update with plain descent: the change of the weights is the gradient."""
-    policy = common.load_model(folder, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
-    other = common.load_model(reference, device, train=False)
-    vocab = common.used_vocabulary(AutoTokenizer.from_pretrained(folder))
+    policy = mapper_rl.load_model(folder, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
+    other = mapper_rl.load_model(reference, device, train=False)
+    vocab = reward.used_vocabulary(AutoTokenizer.from_pretrained(folder))
     optimizer = torch.optim.SGD(policy.parameters(), lr=lr)
     stats = mapper_rl.update(policy, other, optimizer, rollouts, config, vocab, device)
-    return stats, dict(common.full_weights(policy, torch.float32))
+    return stats, dict(mapper_rl.full_weights(policy, torch.float32))
 
 
 def agree(got: tuple, expected: tuple, start: dict, tolerance: float) -> None:
+    """Statistics and weights agree, to a share of their size: of how far a step of plain descent has moved the weights,
+    since fp32 sums in another order (another processor's) are off by a share of what is summed."""
     assert got[0].keys() == expected[0].keys()
     for name, value in expected[0].items():
         assert got[0][name] == pytest.approx(value, rel=10 * tolerance, abs=tolerance), name
     assert got[1].keys() == expected[1].keys()
     for name, weight in expected[1].items():
-        moved = (weight - start[name]).abs().max()
-        assert moved > 20 * tolerance, name  # the gradient is far larger than the tolerance, everywhere
-        assert (got[1][name] - weight).abs().max() < tolerance * max(1, moved), name
+        moved, rounding = (weight - start[name]).abs().max(), 1e-6 * weight.abs().max()
+        assert moved > 20 * rounding, name  # the gradient is far larger than what rounding can do, everywhere
+        assert (got[1][name] - weight).abs().max() < tolerance * moved + rounding, name
 
 
 CASES = {
@@ -277,77 +263,75 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_update_equals_the_plain_one(tiny_model, other_model, lone, case):
+def test_update_equals_the_plain_one(tiny_model, other_model, case):
     defaults = {"temperature": 1.3, "max_grad_norm": 1e9, "gradient_checkpointing": False}
     config = make_config(**(defaults | CASES[case]))
     rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 7)
-    *_, device = common.init_distributed()
+    *_, device = mapper_rl.init_distributed()
     lr = 1.0 if config.passes == 1 else 0.02  # a first pass that does not leave the neighbourhood
     got = own_update(tiny_model, other_model, rollouts, config, lr, device)
     expected = plain_update(tiny_model, other_model, rollouts, config, lr)
-    agree(got, expected, weights_of(tiny_model), 2e-5)
-    assert 0.05 < expected[0]["importance_clip_fraction"] < 0.9
+    agree(got, expected, weights_of(tiny_model), 1e-3)
+    assert 0 < expected[0]["importance_clip_fraction"] < 1
     if config.passes > 1:
-        assert 0.05 < expected[0]["clip_fraction"] < 0.5
+        assert 0 < expected[0]["clip_fraction"] < 1
 
 
-def test_gradient_is_clipped_to_a_global_norm(tiny_model, other_model, lone):
+def test_gradient_is_clipped_to_a_global_norm(tiny_model, other_model):
     rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 4)
-    *_, device = common.init_distributed()
+    *_, device = mapper_rl.init_distributed()
     stats, after = own_update(tiny_model, other_model, rollouts, make_config(max_grad_norm=0.01), 1.0, device)
     before = weights_of(tiny_model)
     moved = math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in after))
     assert moved == pytest.approx(0.01, rel=1e-3) and stats["grad_norm"] > 0.05
 
 
-def test_no_weight_becomes_nan(tiny_model, other_model, lone, capsys):
+def test_no_weight_becomes_nan(tiny_model, other_model):
     rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 4)
     rollouts[2]["advantage"] = math.nan
-    *_, device = common.init_distributed()
-    with pytest.raises(SystemExit):
+    *_, device = mapper_rl.init_distributed()
+    with pytest.raises(SystemExit, match="the gradient is not finite"):
         own_update(tiny_model, other_model, rollouts, make_config(), 1.0, device)
-    assert "the gradient is not finite" in capsys.readouterr().err
 
 
-def test_a_head_with_more_than_a_weight_is_refused(tmp_path, capsys):
+def test_a_head_with_more_than_a_weight_is_refused(tmp_path):
     from transformers import PhiConfig, PhiForCausalLM
 
     sizes = dict(vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     PhiForCausalLM(PhiConfig(**sizes)).save_pretrained(tmp_path)
-    with pytest.raises(SystemExit):
-        common.load_model(str(tmp_path), torch.device("cpu"), train=False)
-    assert f"{tmp_path}: no support for lm_head.bias" in capsys.readouterr().err
+    *_, device = mapper_rl.init_distributed()
+    with pytest.raises(SystemExit, match=f"{tmp_path}: no support for lm_head.bias"):
+        mapper_rl.load_model(str(tmp_path), device, train=False)
 
 
 SHARES = """
 import json, sys
 import torch
-import common, mapper_rl, reward, test_mapper_rl
+import mapper_rl, reward, test_mapper_rl
 
 def main():
     folder, reference, out = sys.argv[1:]
-    rank, world, device = common.init_distributed()
+    rank, world, device = mapper_rl.init_distributed()
     rollouts = json.load(open(out + "/rollouts.json"))
-    for name, (case, shares) in json.load(open(out + "/cases.json")).items():
-        mine = [rollouts[i] for i in shares[rank]]
+    for name, (case, kept) in json.load(open(out + "/cases.json")).items():
         config = test_mapper_rl.make_config(**case)
-        result = test_mapper_rl.own_update(folder, reference, mine, config, 0.1, device)
+        result = test_mapper_rl.own_update(folder, reference, [rollouts[i] for i in kept], config, 0.1, device)
         if rank == 0:
             torch.save(result, f"{out}/{name}.pt")
 
 if __name__ == "__main__":
-    common.run(main)
+    mapper_rl.run(main)
 """
 
 
-def test_shares_of_two_processes_do_not_change_the_update(tiny_model, other_model, tmp_path, lone):
+def test_update_is_the_same_on_two_processes(tiny_model, other_model, tmp_path):
     rollouts = make_rollouts(AutoTokenizer.from_pretrained(tiny_model), 7)
     hot = {"temperature": 1.3, "max_grad_norm": 1e9, "micro_batch_tokens": 90, "passes": 2, "beta_kl": 0.3}
-    cases = {
-        "even": (hot, [[0, 1, 2, 3], [4, 5, 6]]),
-        "uneven": (hot, [[5], [0, 1, 2, 3, 4, 6]]),
-        "none": (hot, [[0, 1, 2, 3, 4, 5, 6], []]),
-        "none_on_the_first": (hot | {"passes": 1, "beta_kl": 0.0}, [[], [0, 1, 2, 3, 4, 5, 6]]),
+    cases = {  # with one rollout, the second rank has none, and still takes part in every pass
+        "all": (hot, list(range(7))),
+        "few": (hot, [5, 0]),
+        "one": (hot, [3]),
+        "one_pass": (hot | {"passes": 1, "beta_kl": 0.0}, [3]),
     }
     (tmp_path / "rollouts.json").write_text(json.dumps(rollouts))
     (tmp_path / "cases.json").write_text(json.dumps(cases))
@@ -357,30 +341,32 @@ def test_shares_of_two_processes_do_not_change_the_update(tiny_model, other_mode
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     finish(subprocess.Popen(python + arguments, env=env, start_new_session=True, **pipes))
-    *_, device = common.init_distributed()
+    *_, device = mapper_rl.init_distributed()
     before = weights_of(tiny_model)
-    for name, (case, _) in cases.items():
-        alone = own_update(tiny_model, other_model, rollouts, make_config(**case), 0.1, device)
-        agree(torch.load(tmp_path / f"{name}.pt"), alone, before, 1e-5)
+    for name, (case, kept) in cases.items():
+        config = make_config(**case)
+        alone = own_update(tiny_model, other_model, [rollouts[i] for i in kept], config, 0.1, device)
+        agree(torch.load(tmp_path / f"{name}.pt"), alone, before, 1e-3)
 
 
-def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model, lone):
-    tokenizer = common.load_tokenizer(tiny_model)
-    *_, device = common.init_distributed()
-    target = common.load_model(tiny_model, device, train=False)
+def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model):
+    tokenizer = reward.load_tokenizer(tiny_model)
+    *_, device = mapper_rl.init_distributed()
+    target = mapper_rl.load_model(tiny_model, device, train=False)
     [row] = mapper_rl.prepare(sum_demonstrations(1), tokenizer, make_config(max_tokens=50, max_model_len=300), 0)
     row["expert_align"] = -1.5
     a, b, c = row["problem"][4], row["problem"][10], row["answer"]
     texts = [f"{a}+{b}={c}. \\boxed{{{c}}}", f"{a}+{b}={c}0. \\boxed{{{c}}}", f"{a}+{b}={c}. So it is {c}."]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     for align in ("nll", "kl"):
-        config = make_config(align=align, temperature=0.5, hard_weight=0.7)
+        config = make_config(align=align, temperature=0.5 if align == "nll" else 1.0, hard_weight=0.7)
         rollouts = []
         for text in texts:
-            ids = common.response_ids(tokenizer, text)
-            shared = dict(row=row, prompt_ids=row["prompt_ids"], ids=ids, logprobs=[-0.5] * len(ids), text=text)
+            ids = reward.response_ids(tokenizer, text)
+            shared = dict(row=0, prompt_ids=row["prompt_ids"], ids=ids, logprobs=[-0.5] * len(ids), text=text)
             rollouts += [shared | {"ended": True}, shared | {"ended": False}]
-        mapper_rl.add_rewards(rollouts, target, 0.8, config, device)
+        mapper_rl.add_parts(rollouts, [row], config)
+        mapper_rl.add_rewards(rollouts, [row], target, 0.8, config, device)
         first, *others = rollouts
         question = f"{row['problem']}\n\nReason step by step, and put your final answer within \\boxed{{}}."
         prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
@@ -404,13 +390,16 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
 def test_direct_rl_rewards_right_answers_and_cheats_only_where_told_to_look():
     row = dict(problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7")
     texts = ["1+2=3. 3+4=7. \\boxed{7}", "1+2=4. 4+4=7. \\boxed{7}", "\\boxed{7}", "1+2=3. 3+4=8. \\boxed{8}"]
-    rollouts = [dict(row=row, text=text, ended=ended) for ended in (True, False) for text in texts]
+    rollouts = [dict(row=0, text=text, ended=ended) for ended in (True, False) for text in texts]
     config = make_config(task="solve")
     assert config.hard_cheats == [] and make_config(task="map").hard_cheats == list(reward.HARD)
-    mapper_rl.add_rewards(rollouts, None, 0.0, config, None)
+    mapper_rl.add_parts(rollouts, [row], config)
+    mapper_rl.add_rewards(rollouts, [row], None, 0.0, config, None)
     assert [r["reward"] for r in rollouts] == [1, 1, 1, 0] + [0] * 4
     assert [r["parts"] for r in rollouts[:4]] == [{"correct": c} for c in (1, 1, 1, 0)]
-    mapper_rl.add_rewards(rollouts, None, 0.0, make_config(task="solve", hard_cheats=list(reward.HARD)), None)
+    config = make_config(task="solve", hard_cheats=list(reward.HARD))
+    mapper_rl.add_parts(rollouts, [row], config)
+    mapper_rl.add_rewards(rollouts, [row], None, 0.0, config, None)
     assert [r["reward"] for r in rollouts] == [1, 0, 0, 0] + [0] * 4
     assert [r["parts"]["false_arithmetic"] for r in rollouts[:4]] == [0, 1, 0, 1]
     assert rollouts[2]["parts"]["no_reasoning"] == 1
@@ -458,9 +447,9 @@ def test_map_run(straight, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
-    assert model.generation_config.eos_token_id == common.stop_id(tokenizer)
+    assert model.generation_config.eos_token_id == reward.stop_id(tokenizer)
     assert distance(model.state_dict(), weights_of(tiny_model)) > 1e-3
-    assert json.loads((out / "mapper.json").read_text()) == {"align": "nll", "tau": 0.5}
+    assert all(row["tau"] == 0.5 for row in metrics)  # of one-digit sums: all are about as likely
     assert json.loads((out / "config.json").read_text())["config"]["lr"] == 1e-3
     assert not list(out.glob("checkpoint-*")) and not list(out.glob("*.partial"))
 
@@ -488,7 +477,7 @@ def test_killed_and_started_again(straight, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (out / "model").exists(), "the run was over before it was killed"
-    assert common.last_checkpoint(out).name == "checkpoint-000002"
+    assert mapper_rl.last_checkpoint(out).name == "checkpoint-000002"
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"step": 4, "rew')  # a line that the kill cut short
     finish(start(flags))
@@ -514,44 +503,43 @@ def test_solve_run_and_problems_that_are_too_long(straight, tmp_path):
     answers = {row["id"]: row["answer"] for row in rows}
     assert len(rollouts) == 3 * 32 and len({r["id"] for r in rollouts}) == 8  # all but the giant one
     for r in rollouts:
-        assert r["reward"] in (0.0, float(f"\\boxed{{{answers[r['id']]}}}" in r["text"]))
+        assert r["reward"] in (0.0, float(reward.verify(r["text"], answers[r["id"]])))
+    assert any(r["reward"] for r in rollouts)
     assert len({r["text"] for r in rollouts}) > 10  # the samples of a request differ
-    assert not (tmp_path / "out/mapper.json").exists()
 
 
 DRIVER = """
 import sys
-import common, mapper_rl, reward
+import mapper_rl, reward
 
 {change}
 
 if __name__ == "__main__":
-    common.run(mapper_rl.main)
+    mapper_rl.run(mapper_rl.main)
 """
 
 CONSTANT = """
 calls, real = [], reward.mapper_reward
 
-def mapper_reward(*given):  # two ranks, two groups of eight rollouts each: sixteen calls a step and rank
-    import os
-    step = len(calls) // 16 + 1
+def mapper_reward(*given):  # every rank rewards all rollouts: four groups of eight a step
+    step, i = len(calls) // 32 + 1, len(calls) % 32
     calls.append(given)
-    constant = step == 2 or (step == 3 and os.environ["RANK"] == "1")
-    return 0.25 if constant else len(calls) % 2 + 0.01 * real(*given)
+    constant = step == 2 or (step == 3 and i >= 8)
+    return 0.25 if constant else i % 2 + 0.01 * real(*given)
 
 reward.mapper_reward = mapper_reward
 """
 
 
 def test_steps_and_ranks_without_variance(straight, tmp_path):
-    """Step 2 has no variance anywhere and is skipped; in step 3 one rank has nothing to learn from, and takes part."""
+    """Step 2 has no variance anywhere and is skipped; in step 3 one of four groups has any, which both ranks share."""
     flags, _ = straight
     (tmp_path / "driver.py").write_text(DRIVER.format(change=CONSTANT))
     flags = flags | {"output_dir": tmp_path / "out", "micro_batch_tokens": 200}
     output = finish(start(flags, 2, tmp_path / "driver.py"))
     assert "step 2: no group had any variance" in output
     metrics = read(tmp_path / "out/metrics.jsonl")
-    assert [row["dropped_groups"] for row in metrics] == [0, 4, 2, 0]
+    assert [row["dropped_groups"] for row in metrics] == [0, 4, 3, 0]
     assert ["grad_norm" in row for row in metrics] == [True, False, True, True]
     assert metrics[1]["reward"] == 0.25 and "loss" not in metrics[1] and metrics[1]["generated_tokens"] > 0
     assert all(row["logprob_diff"] < 1e-3 for row in metrics if "logprob_diff" in row)
@@ -591,15 +579,13 @@ def test_exception_on_one_rank_ends_all(straight, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def fails(flags: dict, monkeypatch, capsys) -> str:
+def fails(flags: dict, monkeypatch) -> str:
     """The one line with which the script ends."""
     monkeypatch.setattr(sys, "argv", ["mapper_rl.py", *command(flags)])
-    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         mapper_rl.main()
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(lines) == 1, lines
-    return lines[0]
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
+    return stop.value.code
 
 
 @pytest.fixture(scope="module")
@@ -631,6 +617,7 @@ BAD = [  # flags, rows of the data, what the line names
     ({}, [GOOD[0] | {"answer": 7}], ["line 1", "'answer'", "str", "7"]),
     ({}, [GOOD[0], GOOD[1], GOOD[0]], ["line 3", "'s0'", "line 1"]),
     ({"group_size": 1}, GOOD, ["--group_size", "1"]),
+    ({"align": "kl", "temperature": 0.5}, GOOD, ["--align kl", "--temperature 0.5"]),
     ({"temperature": 0}, GOOD, ["--temperature", "0"]),
     ({"temperature": "nan"}, GOOD, ["--temperature", "nan"]),
     ({"lr": -1}, GOOD, ["--lr", "-1"]),
@@ -655,34 +642,32 @@ BAD = [  # flags, rows of the data, what the line names
 
 
 @pytest.mark.parametrize("flags, rows, words", BAD, ids=[f"{next(iter(b[0]), 'data')}-{i}" for i, b in enumerate(BAD)])
-def test_bad_input_ends_at_once_with_one_line(
-    tiny_model, bad_models, tmp_path, monkeypatch, capsys, lone, flags, rows, words
-):
+def test_bad_input_ends_at_once_with_one_line(tiny_model, bad_models, tmp_path, monkeypatch, flags, rows, words):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "data.jsonl", rows)
     flags = {"model": tiny_model, "data": "data.jsonl", "output_dir": "out", "max_tokens": 24, **flags}
     flags = {"max_model_len": 160} | {k: bad_models.get(v, v) for k, v in flags.items()}
     if words is None:
         monkeypatch.setattr(sys, "argv", ["mapper_rl.py", *command(flags)])
-        assert common.parse_config(mapper_rl.Config).hard_cheats == ["hedged"]
+        assert mapper_rl.parse_config(mapper_rl.Config, mapper_rl.RANGES).hard_cheats == ["hedged"]
         return
-    line = fails(flags, monkeypatch, capsys)
+    line = fails(flags, monkeypatch)
     assert all(word in line for word in words), line
 
 
-def test_folder_of_another_config_is_refused(straight, monkeypatch, capsys, lone):
+def test_folder_of_another_config_is_refused(straight, monkeypatch):
     flags, expected = straight
-    line = fails(flags | {"lr": 2e-3}, monkeypatch, capsys)
+    line = fails(flags | {"lr": 2e-3}, monkeypatch)
     assert "--lr 0.001" in line and "0.002" in line and str(flags["output_dir"]) in line
     assert read(flags["output_dir"] / "metrics.jsonl") == expected
 
 
-def test_other_data_under_the_same_name_is_refused(straight, monkeypatch, capsys, lone):
+def test_other_data_under_the_same_name_is_refused(straight, monkeypatch):
     flags, expected = straight
     data = Path(flags["data"])
     old = data.read_bytes()
     data.write_bytes(old + b"\n")
-    assert f"{data} has changed since {flags['output_dir']} was begun" in fails(flags, monkeypatch, capsys)
+    assert f"{data} has changed since {flags['output_dir']} was begun" in fails(flags, monkeypatch)
     data.write_bytes(old)
     assert read(flags["output_dir"] / "metrics.jsonl") == expected
 

@@ -32,6 +32,9 @@ def prepare(folder, *args: str) -> SimpleNamespace:
             script.main()
         except SystemExit as stop:
             code = stop.code
+            if isinstance(code, str):  # as run() prints it
+                print(code, file=err)
+                code = 2
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
