@@ -257,6 +257,7 @@ def completion(predicted, correct, greedy=False) -> dict:
         ("8- 7+ 8- 7+", (0.5, 1, 0)),  # a tie: 8 came first
         ("7+ 8- 7+ 8-", (0.5, 1, 1)),
         ("8- 8- 8- 7+", (0.25, 1, 0)),
+        ("1/2+ \\frac{1}{2}+ 0.5+ 3- 3-", (0.6, 1, 1)),  # three votes for one number
         (". . . 7+", (0.25, 1, 1)),  # no answer is no vote
         (". . . .", (0, 0, 0)),
     ],
@@ -449,6 +450,8 @@ def test_rasft_weighs_the_expert_against_verified_rollouts():
     told = [("expert", 0, 0.155), ("self", 0, 0.005), ("self", 1, 0.005)]
     assert weights([good, good, bad], weights="released") == told
     assert weights([good, good, good], weights="released") == [("expert", 0, 1.0)]
+    # at most three failures enter its z-score
+    assert weights([good] + [bad] * 7, weights="released") == [("expert", 0, 0.316), ("self", 0, 0.0116)]
     # a row that nobody wrote for
     assert rewrite.select_rasft(ROW, [], config(method="rasft")) == [rewrite.expert_row(ROW)]
 

@@ -21,7 +21,7 @@ import plan  # noqa: E402
 
 ROW = 256  # tokens in a row of the measured updates
 MEASURED = {  # the moment that is its peak: kind, widths, rows in the micro-batch, head_chunk, gradient checkpointing
-    "head, many activations": (
+    "layers, many activations": (
         "Qwen3",
         dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
              num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
@@ -203,10 +203,10 @@ def misfit(out: str) -> str:
     "line, flags, named",
     [
         ("sft.py --data d --output_dir o --max_length 1024", dict(gpu_gib=24), "--micro_batch_tokens"),
-        ("sft.py --data d --output_dir o --micro_batch_tokens 64 --max_length 64 --head_chunk 8192",
+        ("sft.py --data d --output_dir o --micro_batch_tokens 64 --max_length 64 --head_chunk 32768",
          dict(gpu_gib=24), "--head_chunk"),
-        ("sft.py --data d --output_dir o --max_length 64 --batch_size 1024 --micro_batch_tokens 2048 --head_chunk 4096",
-         dict(gpus=8, gpu_gib=15), "--micro_batch_tokens"),  # either flag would do
+        ("sft.py --data d --output_dir o --max_length 64 --batch_size 1024 --micro_batch_tokens 2048 "
+         "--head_chunk 16384", dict(gpus=8, gpu_gib=15), "--micro_batch_tokens"),  # either flag would do
         ("rewrite.py --target base --data d --output_dir o --gpu_memory 0.05", dict(gpu_gib=14), "--gpu_memory"),
         ("mapper_rl.py --task solve --data d --output_dir o --gpu_memory 0.9", dict(gpus=8, gpu_gib=24),
          "--gpu_memory"),
