@@ -12,21 +12,27 @@ a grader that first loads torch starts seconds late.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import json
+import logging
 import math
 import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 import typing
+import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Prompts. The target is asked in exactly the same way in SFT, in scoring and in evaluation: base scores move by many
 #    points with the prompt, so a second wording anywhere would compare prompts and not methods.
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def solve_prompt(problem: str) -> str:
@@ -54,7 +60,6 @@ def guided_prompt(problem: str, solution: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Token ids. Training, scoring, rewriting and evaluation all turn text into ids here, and nowhere else.
-# ---------------------------------------------------------------------------------------------------------------------
 
 # For every template: no thinking; and one date, since Llama 3.x writes today's into its prompt: a model that is trained
 # today would be evaluated tomorrow under another prompt.
@@ -149,29 +154,160 @@ def check_same_tokenizer(one, other) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Answers. Finding the answer is ours; plain numbers and equal strings are compared here, at once and exactly; what
-#    is left goes to math-verify, which may hang: only ever in worker processes, which die when their time is up.
-# ---------------------------------------------------------------------------------------------------------------------
+# 3. Answers. An answer is found in the completion, both answers are read (one spelling, and the unit apart), and the
+#    first kind that knows them compares them: number, option, words, interval. What is left is a formula: those go to
+#    math-verify, which may hang: only ever in worker processes, which die when their time is up.
 
-SECONDS, MEMORY = 5, 4 << 30  # for one comparison by math-verify
+SECONDS, MEMORY = 5, 4 << 30  # seconds and bytes for one comparison by math-verify
 LONGEST, BRACKETS, NESTED = 400, 40, 10  # characters, opened brackets (in all, inside each other) of an answer; what
 # has more is wrong without a look: nesting costs the parser time in powers of two
 FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that outlasted their time, or in which math-verify failed
-_LOCAL = threading.local()  # this thread's worker
+_POOL = ThreadPoolExecutor(min(4, os.cpu_count()))  # of threads that ask the workers; starts none before it is used
+_LOCAL = threading.local()  # a thread's worker
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=(\{|$))")
+_BRACE = re.compile(r"\\.|[{}]", re.S)
 _NUMBER = r"[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\})[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
-_TAGS = (r"<answer>(.{0,400}?)</answer>", r"####[ \t]*([^\n]+)\s*\Z")
-_PHRASE = (  # one may stand inside another
-    r"(?i)\banswer\b(?:\s+(?:is|equals)\b|\s*[:=])(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.]|\.(?=\d)){1,400}))"
+_TOLD = (  # where an answer is given without a box
+    re.compile(r"<answer>(.{0,400}?)</answer>", re.S),
+    re.compile(r"####[ \t]*([^\n]+)\s*\Z"),
+    # what follows lies in a lookahead, since one such phrase may stand inside another
+    re.compile(r"\banswer\b(?:\s+is\b|\s*[:=])(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.]|\.(?=\d)){1,400}))", re.I),
 )
-_SPAN = r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}$"  # with no number after it
-_WORD = re.compile(r"(?<![\\A-Za-z{])(?!(?:sin|cos|tan|log|ln|or|and)\b)[A-Za-z]{2,}")  # no command, not \text{...}
-_LAST = rf"(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}|(?:{_NUMBER})(?:/\d+)?)"  # 3 1/2
-_PLAIN = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, 1.5e3, 1.5\times 10^{3}
+_FORMULA = re.compile(  # the last formula, with no number behind it
+    r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}\Z", re.S
+)
+_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")  # no command, not \text{...}
+_LAST = re.compile(rf"(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}|(?:{_NUMBER})(?:/\d+)?)")
+
+
+def boxes(text: str) -> list[tuple[int, int, str | None]]:
+    """(start, end, content) of each \\boxed{...} or \\fbox{...}, in characters; content None if it is never closed.
+
+    Braces are counted; a box inside a box belongs to the outer one's content.
+    """
+    found, end = [], 0
+    for match in _BOX.finditer(text):
+        if match.start() < end:
+            continue  # a box inside a box
+        depth, end, content = 0, len(text), None
+        for brace in _BRACE.finditer(text, match.end()):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if depth == 0:
+                end = brace.end()
+                content = text[match.end() + 1 : end - 1].strip()
+                break
+        found.append((match.start(), end, content))
+    return found
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a text is nothing but an expression, or a word or two."""
+    if len(text) > 100 or not re.fullmatch(r"[^=\n]*|\W*[A-Za-z]\w?\s*=[^=\n]*", text):
+        return False
+    before, digit, _ = re.split(r"(\d|$)", text, maxsplit=1)
+    words = _WORD.findall(text)
+    return sum(map(len, words)) < 4 and not _WORD.search(before) if digit else len(words) < 3
+
+
+def extract_answer(completion: str) -> str | None:
+    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last formula if it is
+    one line, the whole of a short text that is no prose, the last number; None if there is nothing of all this.
+
+    A box that is empty or never closed is no answer, and no number inside it becomes one.
+    """
+    completion = completion.replace("−", "-")
+    if found := boxes(completion):
+        return found[-1][2] or None
+    for pattern in _TOLD:
+        if found := pattern.findall(completion):
+            return found[-1].strip() or None
+    if found := _FORMULA.search(completion):
+        answer = found[found.lastindex].strip()
+        if "\n" not in answer:  # between a dollar of money and another sign, or in a text cut off, lie whole paragraphs
+            return answer or None
+    if _is_bare(completion):
+        return completion.strip() or None
+    found = _LAST.findall(completion)
+    return found[-1] if found else None
+
+
+# --- reading an answer: the one place where spellings that mean the same become one ---
+
+_CHARACTERS = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "∞": r"\infty "}
+    | {"π": r"\pi ", "∪": r"\cup ", "°": r"^\circ", "²": "^2", "³": "^3"}  # NFKC would make x2 of x²
+)
+_COMMANDS = dict(dfrac=r"\frac", tfrac=r"\frac", cfrac=r"\frac", varnothing=r"\emptyset", langle="(", rangle=")")
+_COMMANDS |= dict(left="", right="", displaystyle="")
+_LATEX = (
+    (r",\\[ ;:,]", ", "),
+    (r"\\([A-Za-z]+)", lambda command: _COMMANDS.get(command[1], command[0])),
+    (r"(?<!\\)\\(?:!\s*|[()\[\],;: ])|\*\*|\\?\$|\^\{?\\circ\}?", ""),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+)
+_WORDING = (
+    (r"\s*,?\s+(?:and|or)\s+", ", "),
+    (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
+    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"^(?:\\approx|[\s+])+|(?:\\?%|[.\s])+$", ""),
+    (r"(?<=\d)\s?:\s?(?=\d)", ":"),
+    (r"^\(([A-Za-z])\)$", r"\1"),
+)
+_TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox|rm)\s?\{"
+_WRAPPED = re.compile(_TEXT + r"([^{}]*)\}")
+_APART = (r"[ap]\.?m\b", "cent|dollar", "second|minute|hour|day|week|month|year", "north|south|east|west")
+_QUANTITY = (  # words that change a number's value, so they are no unit
+    r"(?!(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|tens|dozens?|scores?|hundreds?"
+    r"|thousands?|[a-z]+illions?|squared|cubed|or|is)\b)"
+)
+_BEHIND, _SQUARED = r"(?:(?<=[\d})])|(?<=\\pi))\s*", r"(?:\^\{?\d\}?)?\.?\s*$"  # 17 ..., 12\pi ...; cm^2
+_UNITS = [  # in \text{...} any words without a number; elsewhere plurals and known ones: single letters are variables
+    re.compile(rf"{_BEHIND}{_TEXT}~?\s*+{_QUANTITY}[^{{}}\d]{{2,}}\}}{_SQUARED}"),
+    re.compile(
+        rf"{_BEHIND}(?:{_QUANTITY}[a-z]{{2,}}s|{'|'.join(_APART)}|(?:square|cubic) [a-z]+|[cmk]m|[km]g|feet|people"
+        rf"|percent)(?:\s?(?:/|per)\s?[a-z]+)?{_SQUARED}"
+    ),
+]
+
+
+class Answer(typing.NamedTuple):
+    text: str  # in one spelling, without its unit
+    unit: str  # what stood behind a number, as it was written; "" for none
+
+
+@functools.lru_cache(4096)  # rollouts share their gold answers
+def _read(answer: str) -> Answer:
+    """An answer in one spelling; what is too long for one stays as it is."""
+    if len(answer) > LONGEST:
+        return Answer(answer, "")
+    text, unit = answer.strip(), ""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
+    for pattern, by in _LATEX:
+        text = re.sub(pattern, by, text)
+    for pattern in _UNITS:
+        if found := pattern.search(text):
+            text, unit = text[: found.start()], found[0]
+        text = _WRAPPED.sub(r"\1", text)
+    for pattern, by in _WORDING:
+        text = re.sub(pattern, by, text)
+    return Answer(text.strip(), unit)
+
+
+# --- comparing: each kind says True or False, or None where it does not know both answers ---
+
+_VALUE = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, \frac{-3}{4}, 1.5e3, 1.5\times 10^{3}
     rf"(?P<sign>[+-]?)\s?(?:(?P<whole>\d+)(?:\s|(?=\\)))?(?:(?P<number>{_NUMBER})(?:/(?P<under>\d+))?"
-    r"|\\frac\{(?P<above>\d+)\}\{(?P<below>\d+)\})"
-    r"(?:(?:[eE]|\s?\\times\s?10\^)\{?(?P<power>[+-]?\d{1,3})\}?)?"
+    r"|\\frac\s?\{(?P<above>-?\d+)\}\s?\{(?P<below>\d+)\})"
+    r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?(?P<power>[+-]?\d{1,3})\}?)?"
+)
+_RELATION = re.compile(r"\s*(<|>|\\[lg]eq?(?![a-z]))\s*")
+_NAME = re.compile(  # in front of a value: x =, f(2) =, \angle ABC =, x \in
+    r"(^|,\s*)(?:[A-Za-z](?:_\{?\w+\}?|\w)?(?:\([\w, ]*\))?|m?\s*\\angle\s*[A-Z]+)\s*(?:=|\\in\b)\s*"
+)
+_OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
+    r"\W*(?:[Oo]ption\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
 )
 _COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked out
     r"\d{4,}\s*[})]*!|!\s*[)}]+\s*!|\^\s*\{[^{}]*!"  # 99999999!, ((99!)!), 9^{999!}
@@ -179,124 +315,34 @@ _COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked o
     r"|\^[\s{(]*\d+\s*\^[\s{(]*(?:[5-9]|\d\d)|\^[\s{(]*[^{}()]{0,9}?\d\s*\^[\s{(]*[^{}()]{0,9}?\d\s*\^"  # 9^{9^{9}}
     r"|\\[dt]?binom\s*\{?\s*\d{5,}|binom\s*\{[^{}]*\^|\^\S*\s*\\choose"
 )
-_RELATION = re.compile(r"\s*(<|>|≤|≥|\\[lg]eq?(?![a-z]))\s*")
-_QUANTITY = (  # words that change a number's value, so they are no unit
-    r"(?!(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|hundreds?|thousands?|[a-z]+illions?"
-    r"|dozens?|tens|scores?|times|pairs?|squared|cubed|or|and|to|is|was|has|less|more|plus|minus)\b)"
-)
-_UNITS = (  # dropped behind a number; single letters are variables; of other words only a plural is one
-    rf"(?:{_QUANTITY}[a-z]{{2,}}s|degrees? celsius|degree|dollar|cent|percent|unit|(?:square|cubic) [a-z]+|[cmk]m|[km]g"
-    r"|m[lL]|feet|foot|ft|inch|mph|lb|oz|hour|minute|second|day|week|month|year|mile|meter|gram|pound|people)"
-    r"(?:\s?(?:/|per)\s?[a-z]+)?"
-)
-_BEHIND, _SQUARED = r"(?:(?<=[\d})])|(?<=\\pi))\s*", r"(?:\^\{?\d\}?)?\.?$"  # 17 ..., 12\pi ...; cm^2
-_CONFLICTS = [  # what must not differ where both answers name it
-    re.compile(pattern, re.I)
-    for pattern in (
-        r"\b([ap])\.?\s?m\b",
-        r"\b(cent|dollar)",
-        r"\b(second|minute|hour|day|week|month|year)",
-        r"\b(north|south|east|west)",
-    )
-]
-_NAME = re.compile(  # in front of a value: x =, f(2) =, \angle ABC =, x \in
-    r"(^|,\s*)(?:[A-Za-z](?:_\{?\w+\}?|\w)?(?:\([\w, ]*\))?|m?\s*\\angle\s*[A-Z]+)\s*(?:=|\\in(?![a-z]))\s*"
-)
-_OPTION = re.compile(  # B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
-    r"\W*([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-Ja-j]\b)|(?<![AI])\s+(?:-\s+)?(?!(?:or|and)\W)(?:\d|[a-z]{2,})"
-    r"|(?<=[AI])\s+(?:is|was|because|since|as|but)\b)"
-)
-_REWRITES = [  # of an answer, in this order: spellings that mean the same
-    (re.compile(pattern), by)
-    for pattern, by in (
-        (r",\\[ ;:,]", ", "),
-        (r"(?<!\\)\\[()\[\]!,;: ]|\*\*|\\left(?![a-z])|\\right(?![a-z])|\\displaystyle|\\?\$|\^\{?\\circ\}?|°", ""),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\varnothing(?![a-z])", r"\\emptyset"),
-        (r"\\langle(?![a-z])", "("),
-        (r"\\rangle(?![a-z])", ")"),
-        (r"^(?:\\approx(?![a-z])|≈)", ""),
-        (r"\{,\}", ","),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"^([+-]?)\\frac\s*\{(-?\d+)\}\s*\{(\d+)\}$", r"\1\2/\3"),
-        (rf"{_BEHIND}\\(?:text[a-z]*|mathrm|mbox)\{{~?\s*+{_QUANTITY}[^{{}}]{{2,}}\}}{_SQUARED}", ""),
-        (r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox)\{([^{}]*)\}", r"\1"),
-        (rf"{_BEHIND}{_UNITS}{_SQUARED}", ""),
-        (r"(?<=[\d}\w)])\s*,?\s+(?:and|or)\s+(?=\S)", ", "),
-        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
-        (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"\\?%$|[.\s]+$|^[\s+]+", ""),
-        (r"\s+", " "),
-        (r"(?<=\d)\s?:\s?(?=\d)", ":"),
-        (r"^\(([A-Za-z])\)$", r"\1"),
-    )
-]
 
 
-def boxes(text: str) -> list[tuple[int, int, str | None]]:
-    """(start, end, content) of each \\boxed{...} with its braces counted; None for one that is never closed."""
-    found, end = [], 0
-    for match in _BOX.finditer(text):
-        if match.start() < end:
-            continue  # a box inside a box
-        depth, end, content = 0, len(text), None
-        for brace in re.finditer(r"\\.|[{}]", text[match.end() :], re.S):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0 and brace[0] == "}":
-                end = match.end() + brace.end()
-                content = text[match.end() + 1 : end - 1].strip()
-                break
-        found.append((match.start(), end, content))
-    return found
-
-
-def extract_answer(completion: str) -> str | None:
-    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last formula, the whole
-    of a short text that is no prose, the last number.
-
-    A box that is empty or never closed is no answer, and no number inside it becomes one.
-    """
-    completion = completion.replace("−", "-")
-    if found := boxes(completion):
-        return found[-1][2] or None
-    for pattern in (*_TAGS, _PHRASE):
-        if found := re.findall(pattern, completion, re.S):
-            return found[-1].strip() or None
-    if found := re.search(_SPAN, completion, re.S):
-        return found[found.lastindex].strip() or None
-    before, digit, _ = re.split(r"(\d|$)", completion[:101], maxsplit=1)
-    words = _WORD.findall(completion[:101])
-    bare = sum(map(len, words)) < 4 and not _WORD.search(before) if digit else len(words) < 3
-    if bare and len(completion) <= 100 and re.fullmatch(r"[^=\n]*|\W*[A-Za-z]\w?\s*=[^=\n]*", completion):
-        return completion.strip() or None  # nothing but an expression, or a word or two
-    found = re.findall(_LAST, completion)
-    return found[-1] if found else None
-
-
-def _normal(answer: str) -> str:
-    """The answer in one spelling; what is too long for one stays as it is."""
-    for pattern, by in _REWRITES if len(answer) <= LONGEST else ():
-        answer = pattern.sub(by, answer.strip())
-    return answer
-
-
-def _rational(answer: str) -> Fraction | None:
-    """The exact value of a plain number, in any spelling of _PLAIN."""
-    if len(answer) > LONGEST or not (match := _PLAIN.fullmatch(answer)):
+def _value(text: str) -> Fraction | None:
+    """The exact value of a plain number, in any spelling of _VALUE."""
+    if len(text) > LONGEST or not (match := _VALUE.fullmatch(text)):
         return None
     part = match.groupdict()
     above, below = part["number"] or part["above"], int(part["under"] or part["below"] or 1)
     if not below or (part["whole"] and below == 1):  # 1/0; "1 3" is two numbers
         return None
-    value = Fraction(re.sub(r"[^0-9.]", "", above)) / below + int(part["whole"] or 0)
+    value = Fraction(re.sub(r"[^0-9.-]", "", above)) / below + int(part["whole"] or 0)
     return value * Fraction(10) ** int(part["power"] or 0) * (-1 if part["sign"] == "-" else 1)
 
 
+def _unnamed(text: str) -> str:
+    """The value alone: of x = 5, of 5 = x, of x \\in (0, 1)."""
+    return re.sub(r"^([^=]+?)\s*=\s*[A-Za-z]$", r"\1", _NAME.sub(r"\1", text))
+
+
 def normal_form(answer: str) -> str:
-    """One key for all spellings of an answer that a vote shall count together: numbers by value, others normalized."""
-    normal = _normal(answer)
-    value = _rational(normal)
-    return normal if value is None else str(value)
+    """An answer's key in a majority vote: a number's exact value (1/2 for \\frac{1}{2} and 0.5), else its one spelling.
+
+    Names in front and units behind are left out. Equal keys are equal answers, but not the other way round: that x+1
+    is 1+x only `verify` finds out.
+    """
+    text = _unnamed(_read(answer).text)
+    value = _value(text)
+    return text if value is None else str(value)
 
 
 def _rounds(decimal: str, fraction: Fraction) -> bool:
@@ -304,84 +350,93 @@ def _rounds(decimal: str, fraction: Fraction) -> bool:
     places = len(decimal.partition(".")[2])
     if places < 6 or not 10**LONGEST % fraction.denominator:
         return False
-    cut = (abs(fraction) - abs(_rational(decimal))) * 10**places  # what is missing, in units of the last place
+    cut = (abs(fraction) - abs(_value(decimal))) * 10**places  # what is missing, in units of the last place
     return decimal.startswith("-") == (fraction < 0) and (0 <= cut < 1 or abs(2 * cut) <= 1)
 
 
-def _letters(answer: str) -> bool:
-    """Whether letters stand in it that are no command, no e and no i."""
-    return bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", answer)))
+def _numbers_equal(answer: str, gold: str) -> bool | None:
+    """Exactly: there is no tolerance, but for a fraction that a decimal cannot hold."""
+    left, right = _value(answer), _value(gold)
+    if left is None or right is None:
+        return None
+    return left == right or _rounds(answer, right) or _rounds(gold, left)
+
+
+def _options_equal(answer: str, gold: str) -> bool | None:
+    option = re.fullmatch("[A-J]", gold) and _OPTION.match(answer)
+    return option[1].upper() == gold if option else None
+
+
+def _words_equal(answer: str, gold: str) -> bool | None:
+    """Words, times and ratios are equal or not: math-verify would multiply the letters."""
+    words = re.fullmatch(r"(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z' -]+|\d+(?::\d+)+", gold)
+    return answer.lower() == gold.lower() if words else None
 
 
 def _interval(text: str) -> str:
     """Values of x as an interval: x > 3 is (3, \\infty), 1 < x \\le 2 is (1, 2]; other texts stay as they are."""
-    values, signs = _RELATION.split(text)[::2], _RELATION.split(text)[1::2]
-    if {sign.startswith((">", "≥", "\\g")) for sign in signs} == {True}:  # read it from the other side
-        values, signs = values[::-1], signs[::-1]
-    elif any(sign.startswith((">", "≥", "\\g")) for sign in signs):
+    parts = _RELATION.split(text)  # value, sign, value, ...
+    greater = {sign.startswith((">", "\\g")) for sign in parts[1::2]}
+    if greater == {True}:  # read it from the other side
+        parts.reverse()
+    names = [i for i, part in enumerate(parts) if re.fullmatch("[A-Za-z]", part)]
+    if len(greater) != 1 or len(names) != 1 or names[0] > 2 or len(parts) > names[0] + 3 or "" in parts:
         return text
-    closed = [sign != "<" and sign != ">" for sign in signs]
-    if len(values) == 2 and re.fullmatch("[A-Za-z]", values[0]):
-        values, closed = ["-\\infty", *values], [False, *closed]
-    elif len(values) == 2:
-        values, closed = [*values, "\\infty"], [*closed, False]
-    if len(values) != 3 or not all(values) or not re.fullmatch("[A-Za-z]", values[1]):
-        return text
-    return f"{'(['[closed[0]]}{values[0]}, {values[2]}{')]'[closed[1]]}"
+    below, above = parts[: names[0]], parts[names[0] + 1 :]
+    low = f"{'(' if below[1] in '<>' else '['}{below[0]}" if below else "(-\\infty"
+    high = f"{above[1]}{')' if above[0] in '<>' else ']'}" if above else "\\infty)"
+    return f"{low}, {high}"
 
 
-def _nested(text: str) -> int:
-    """How deep brackets stand inside each other."""
-    depth = deepest = 0
-    for bracket in re.findall(r"[][(){}]", text):
-        depth = depth + 1 if bracket in "[({" else max(depth - 1, 0)
-        deepest = max(deepest, depth)
-    return deepest
+def _intervals_equal(answer: str, gold: str) -> bool | tuple[str, str] | None:
+    """Where one side is an interval and the other an inequality; two of a kind are formulas."""
+    if bool(_RELATION.search(answer)) == bool(_RELATION.search(gold)):
+        return None
+    return _formulas_equal(_interval(answer), _interval(gold))
+
+
+def _formulas_equal(answer: str, gold: str) -> bool | tuple[str, str]:
+    """What is left for math-verify, unless it would cost too much or only one side has letters (not \\pi, e or i)."""
+    letters = [bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", side))) for side in (answer, gold)]
+    return False if _COSTLY.search(f"{answer} {gold}") or letters == [True, False] else (answer, gold)
+
+
+_KINDS = (_numbers_equal, _options_equal, _words_equal, _intervals_equal, _formulas_equal)
+
+
+def _units_differ(one: str, other: str) -> bool:
+    """10 cents and 10 dollars, a.m. and p.m.; a unit of another sort, or none, is no contradiction."""
+    sides = [unit.lower().replace(".", "") for unit in (one, other)]
+    named = [[set(re.findall(rf"\b(?:{words})", side)) for side in sides] for words in _APART]
+    return any(a and b and not a & b for a, b in named)
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     """The verdict, or the two spellings that math-verify has to compare."""
     answer = extract_answer(completion)
-    found = boxes(gold)
-    gold = (found[-1][2] or "") if found else gold.replace("−", "-")
     if answer is None or len(answer) > LONGEST:
         return False
-    if len(re.findall(r"[{(\[]", answer)) > BRACKETS or _nested(answer) > NESTED:
+    brackets = [1 if bracket in "[({" else -1 for bracket in re.findall(r"[][(){}]", answer)]
+    if brackets.count(1) > BRACKETS or max(itertools.accumulate(brackets), default=0) > NESTED:
         return False
-    for pattern in _CONFLICTS:  # 10 cents, 10 dollars
-        sides = [{unit.lower() for unit in pattern.findall(side)} for side in (answer, gold)]
-        if all(sides) and not sides[0] & sides[1]:
-            return False
-    answer, gold = _normal(answer), _normal(gold)
-    if not gold:
+    found = boxes(gold)
+    (answer, unit), (gold, gold_unit) = _read(answer), _read((found[-1][2] or "") if found else gold)
+    if not gold or _units_differ(unit, gold_unit):
         return False
-    if answer == gold:
-        return True
     if "=" not in gold and "\\in" not in gold:
-        answer = re.sub(r"^([^=]+?)\s*=\s*[A-Za-z]$", r"\1", _NAME.sub(r"\1", answer))  # x = 5, 5 = x
+        answer = _unnamed(answer)
     if re.match(r"[-\d.]+$|\\frac", gold):
         answer = re.sub(r"^\([A-J]\)\s*(?=\S)", "", answer)  # (B) 12
-    if bool(_RELATION.search(answer)) != bool(_RELATION.search(gold)):
-        answer, gold = _interval(answer), _interval(gold)
-    left, right = _rational(answer), _rational(gold)
-    if left is not None and right is not None:  # exactly: no tolerance, but for a fraction that a decimal cannot hold
-        return left == right or _rounds(answer, right) or _rounds(gold, left)
-    if re.fullmatch("[A-J]", gold) and (option := _OPTION.match(answer)):
-        return option[1].upper() == gold
-    if re.fullmatch(r"(?=.*[A-Za-z]{3}|no$|No$)[A-Za-z' -]+|\d+(?::\d+)+", gold):  # words, times, ratios
-        return answer.lower() == gold.lower()
-    if _COSTLY.search(f"{answer} {gold}") or (_letters(answer) and not _letters(gold)):
-        return False
-    return answer, gold
+    if answer == gold:
+        return True
+    return next(verdict for kind in _KINDS if (verdict := kind(answer, gold)) is not None)
 
 
 def _serve() -> None:
     """A worker: reads [seconds, answer, gold], writes verdicts. The kernel ends it when a comparison outlasts its time:
     an alarm without a handler also stops C code, needs no signal in the caller, and leaves nobody behind if that dies.
     """
-    import logging
-    import resource
-    import signal
+    import resource  # not on Windows; the caller needs none of it
 
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a verdict
@@ -417,8 +472,6 @@ def _ask(pair: tuple[str, str]) -> bool | str:
     Plain child processes that run this file: they import no main script, so they work from a notebook, a thread or an
     unguarded script, and nothing is forked from a process that holds an engine.
     """
-    import signal
-    import subprocess
 
     def start():
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
@@ -439,19 +492,14 @@ def _ask(pair: tuple[str, str]) -> bool | str:
     return {"true": True, "false": False}.get(verdict.strip(), "errors")
 
 
-@functools.cache
-def _pool():
-    """The threads that ask the workers."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    return ThreadPoolExecutor(min(4, os.cpu_count()))
-
-
 def verify_all(completions: list[str], golds: list[str]) -> list[bool]:
-    """`verify` of many. A comparison that runs out of time or memory counts as wrong, is counted and is printed."""
+    """`verify` of many: a verdict for each pair of the two equally long lists.
+
+    A comparison that runs out of time or memory counts as wrong, is counted in FAILURES and is printed.
+    """
     verdicts = [_quick(completion, gold) for completion, gold in zip(completions, golds)]
     pairs = dict.fromkeys(v for v in verdicts if isinstance(v, tuple))  # rollouts repeat themselves: each is asked once
-    for pair, verdict in zip(pairs, _pool().map(_ask, pairs) if pairs else []):
+    for pair, verdict in zip(pairs, _POOL.map(_ask, pairs)):
         pairs[pair] = verdict is True
         if verdict in FAILURES:
             FAILURES[verdict] += 1
@@ -460,25 +508,23 @@ def verify_all(completions: list[str], golds: list[str]) -> list[bool]:
 
 
 def verify(completion: str, gold: str) -> bool:
-    """Whether the completion's answer equals the gold one."""
+    """Whether the completion's answer equals the gold one (an answer, or a text with a box). No text raises."""
     return verify_all([completion], [gold])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Cheats. What a rewrite can do to look good without being good, one named term each.
-# ---------------------------------------------------------------------------------------------------------------------
 
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
 SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
+_MOST = 1000  # tokens of a side, results of a text: more are not looked at, since that would take more than linear time
 
-_ONES = re.findall(r"\w+", "one two three four five six seven eight nine")
-_TEENS = re.findall(r"\w+", "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen")
-_TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
-_WORDS = {w: n for n, w in enumerate(["zero", *_ONES, *_TEENS])} | {w: 10 * n for n, w in enumerate(_TENS, 2)}
-_ONE, _TEEN, _TEN = ("|".join(words) for words in (_ONES, _TEENS, _TENS))
-_HUNDRED = rf"(?:(?:{_TEN})(?:[-\s](?:{_ONE})(?!\w))?|{_TEEN}|{_ONE})"
-_THOUSAND = rf"(?:(?:{_ONE})\shundred(?:\s(?:and\s)?{_HUNDRED}(?!\w))?|{_HUNDRED})"
-_IN_WORDS = rf"(?:{_THOUSAND}\sthousand(?:,?\s(?:and\s)?{_THOUSAND}(?!\w))?|{_THOUSAND}|zero)(?!\w)"
+_SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+_SMALL += ["seventeen", "eighteen", "nineteen"]
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})[-\s](?:{'|'.join(_SMALL[1:10])})(?!\w)|(?:{'|'.join(_WORDS)})(?!\w))"
+_IN_WORDS = rf"{_BELOW_100}(?:\s(?:hundred|thousand)(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
 _OPERATORS = {"plus": "+", "minus": "-", "−": "-", "–": "-", "times": "*", "multiplied by": "*", "\\times": "*"}
 _OPERATORS |= {"×": "*", "\\cdot": "*", "·": "*", "x": "*", "divided by": "/", "÷": "/", "\\div": "/"}
 _TOKEN = re.compile(
@@ -486,53 +532,49 @@ _TOKEN = re.compile(
         rf"(?P<{name}>{pattern})"
         for name, pattern in dict(
             skip=r"[^\S\n]+|\*\*|\\?\$|&|\\[(),;:!\[\]]|\\boxed\{",  # spaces, dollars, mathematical delimiters
-            stop=r"\n|\\\\|[;?!]|[.:](?![0-9])|,(?![0-9]{3})|\\(?:implies|Rightarrow|quad|qquad)(?![a-z])|⇒|→|=>",
+            stop=r"\n|\\\\|[;?!]|[.:](?![0-9])|,(?![0-9]{3})|\\(?:implies|Rightarrow|q?quad)(?![a-z])|[⇒→]|=>",
             number=rf"\(-(?:{_NUMBER})\)|{_NUMBER}|\\[dt]?frac\{{-?[0-9]+\}}\{{0*[1-9][0-9]*\}}",
-            words=rf"(?<!\w)(?:{_IN_WORDS})",
-            operator=r"\\times|\\cdot(?![a-z])|\\div|[-+*/×·÷−–]|(?<!\w)(?:plus|minus|times|(?:divided|multiplied)\sby)(?!\w)"
+            words=_IN_WORDS,
+            operator=r"\\times|\\cdot|\\div|[-+*/×·÷−–]|(?:plus|minus|times|(?:divided|multiplied)\sby)(?!\w)"
             r"|(?<=[\d\s])x(?=\s?\$?\d)",
-            equals=r"=|(?<!\w)(?:is\sequal\sto|equals|is|makes|gives)(?!\w)",
-            word=r"[^\W\d_]{2,}(?:['’-][^\W\d_]+)*",
+            equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)",
+            word=r"[^\W\d_]{2,}",
             other=r"\\[a-z]+|.",
         ).items()
     ),
     re.I | re.S,
 )
 _ANNOTATION = re.compile("<<([^<>]*)>>")  # GSM8K's 48/2 = <<48/2=24>>24
-_NOT_BEFORE = re.compile("(?i)of|half|twice|double|third|quarter|sin|cos|tan|log|ln|sqrt|percent")
-_NOT_AFTER = re.compile(
-    "(?i)more|less|fewer|greater|percent|hundred|thousand|million|billion|dozen|half|remainder|mod|modulo"
-)
+_KIND = dict(stop=";", number="n", words="n", equals="=", word="w", other="?")  # an operator's kind is its sign
+_NOT_BEFORE = frozenset("of half twice double third quarter sin cos tan log ln sqrt percent".split())
+_NOT_AFTER = frozenset("more less fewer greater percent hundred thousand million billion dozen half mod modulo".split())
+
+
+class Token(typing.NamedTuple):
+    kind: str  # of _KIND, or + - * /
+    text: str
+    start: int  # characters from the beginning of the text
+    end: int
+    value: int | Fraction | None  # of a number, in digits or in words
 
 
 class Statement(typing.NamedTuple):
     left: int | Fraction
     right: int | Fraction
-    position: int
+    position: int  # where the left side begins, in characters
     holds: bool
     equals: int  # where the right side begins
     end: int
 
 
-class Token(typing.NamedTuple):
-    kind: str
-    text: str
-    start: int
-    end: int
-    value: int | Fraction | None
-
-
-def _value(text: str) -> int | Fraction | None:
+def _number(text: str) -> int | Fraction | None:
     """7, 1,234.5, (-3), \\frac{3}{4}, thirty-five; nothing for digits without end."""
     if len(text) > 80:
         return None
-    if text[0] == "\\":
-        above, below = re.findall(r"-?\d+", text)
-        return Fraction(int(above), int(below))
     if text.isdigit():
         return int(text)  # equal to the Fraction, and much faster
-    if text[-1] in "0123456789)":
-        return Fraction(re.sub(r"[^0-9.-]", "", text))
+    if re.search(r"\d", text):
+        return Fraction(re.sub(r"[^0-9./-]", "", text.replace("}{", "/")))
     total = part = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         if word == "hundred":
@@ -547,116 +589,111 @@ def _value(text: str) -> int | Fraction | None:
 @functools.lru_cache(64)
 def _tokens(text: str) -> tuple[Token, ...]:
     """Numbers, operators, equality signs and words, in digits or in words; spaces and dollar signs are left out."""
-    return tuple(
-        Token(m.lastgroup, m[0], m.start(), m.end(), _value(m[0]) if m.lastgroup in ("number", "words") else None)
-        for m in _TOKEN.finditer(text)
-        if m.lastgroup != "skip"
-    )
+    found = []
+    for m in _TOKEN.finditer(text):
+        name, value = m.lastgroup, None
+        if name in ("number", "words"):
+            value = _number(m[0])
+            name = "number" if value is not None else "other"
+        kind = _KIND.get(name) or _OPERATORS.get(" ".join(m[0].lower().split()), m[0])
+        if name != "skip":
+            found.append(Token(kind, m[0], m.start(), m.end(), value))
+    return tuple(found)
 
 
 def _evaluate(side: list[Token]) -> int | Fraction | None:
     """number (operator number)*, products first, exactly; a number may have a minus. None: not of this form."""
-    terms, operator, sign, expect = [0], "+", 1, True
+    if len(side) > _MOST or not re.fullmatch("-?n(?:[-+*/]-?n)*", "".join(t.kind for t in side)):
+        return None
+    terms, operator, sign, after_number = [0], "+", 1, False
     for token in side:
-        if token.kind == "operator":
-            symbol = token.text if token.text in "+-*/" else _OPERATORS[" ".join(token.text.lower().split())]
-            if not expect:
-                operator, expect = symbol, True
-            elif symbol == "-" and sign == 1:
-                sign = -1
-            else:
-                return None
-        elif not expect:
-            return None
+        if token.kind != "n":
+            operator, sign = (token.kind, 1) if after_number else (operator, -1)
+        elif operator in "+-":
+            terms.append(token.value * sign * (1 if operator == "+" else -1))
+        elif operator == "*":
+            terms[-1] *= token.value * sign
+        elif token.value:
+            terms[-1] = Fraction(terms[-1]) / (token.value * sign)
         else:
-            value, sign, expect = sign * token.value, 1, False
-            if operator in "+-":
-                terms.append(value if operator == "+" else -value)
-            elif operator == "*":
-                terms[-1] *= value
-            elif value:
-                terms[-1] = Fraction(terms[-1]) / value
-            else:
-                return None
-    return None if expect else sum(terms)
+            return None
+        after_number = token.kind == "n"
+    return sum(terms)
 
 
 def _chain(sides: list[list[Token]]) -> list[Statement]:
-    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label)."""
-    found, left, start, rounds = [], None, 0, False
+    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label).
+
+    A quotient or decimals may be rounded as the right side is written, a quotient also down: 10/3=3.33, 17/3=6 or 5.
+    """
+    found, left, start, divides = [], None, 0, False
     for side in sides:
-        value = _evaluate(side) if side else None
-        computed = any(t.kind == "operator" for t in side[1:]) or (len(side) == 1 and side[0].text[0] == "\\")
-        if left is not None and value is not None:
-            scale = 10 ** len(side[-1].text.partition(".")[2])  # 3.33 -> 100
-            holds = value == left or (rounds and value * scale == math.floor(left * scale + Fraction(1, 2)))
+        if (value := _evaluate(side)) is None:
+            continue
+        if left is not None:
+            places = 10 ** len(side[-1].text.partition(".")[2])  # 3.33 -> 100
+            rounded = value * places == math.floor(left * places + Fraction(1, 2))
+            holds = value == left or rounded or (divides and value == math.floor(left))
             found.append(Statement(left, value, start, holds, side[0].start, side[-1].end))
-        elif left is None and value is not None and computed:
+        elif len(side) > 2 or side[0].text[0] == "\\":  # has an operator that is no sign, or is a fraction
             left, start = value, side[0].start
-            rounds = any(re.search(r"[/÷.]|div|frac", t.text) for t in side)
+            divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
 
 
-def _alone(side: list[Token], beside: Token | None, left: bool) -> bool:
+def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     """Whether the outer side of an equation is all there is, or only part of a larger expression."""
-    if beside is None or beside.kind == "stop":
+    if beside.kind == ";" or beside.text in ("([{\"'<" if left else ")]}\"'>"):
         return True
-    if beside.kind == "word" and (_NOT_BEFORE if left else _NOT_AFTER).fullmatch(beside.text):
+    if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
         return False
-    if beside.text in ("([{\"'<" if left else ")]}\"'>"):
-        return True
     touches = beside.end == side[0].start if left else beside.start == side[-1].end
-    return not touches and (beside.kind == "word" or beside.text in "()<>")
+    return not touches and (beside.kind == "w" or beside.text in "()<>")
 
 
 def _scan(text: str) -> list[Statement]:
     """Statements among runs of numbers, operators and equality signs."""
-    found, tokens, j = [], _tokens(text), 0
-    while j < len(tokens):
-        i, sides, signs = j, [[]], []
-        while j < len(tokens) and (tokens[j].value is not None or tokens[j].kind in ("operator", "equals")):
-            if tokens[j].kind == "equals":
-                signs.append(tokens[j].text)
-                sides.append([])
-            else:
-                sides[-1].append(tokens[j])
-            j += 1
-        j += i == j
+    edge = Token(";", "", 0, 0, None)
+    found, tokens = [], [edge, *_tokens(text), edge]
+    for run in re.finditer("[-n+*/=]+", "".join(t.kind for t in tokens)):
+        i, j = run.span()
+        signs = [k for k in range(i, j) if tokens[k].kind == "="]
         if not signs:
             continue
-        before, after = tokens[i - 1] if i else None, tokens[j] if j < len(tokens) else None
-        first, last = sides[0], sides[-1]
-        if len(first) > 1 and first[0].kind == "operator":
+        sides = [tokens[a + 1 : b] for a, b in itertools.pairwise([i - 1, *signs, j])]
+        if len(sides[0]) > 1 and sides[0][0].kind != "n":
             # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
-            begins = before is None or before.kind == "stop"
-            sides[0] = first = first[first[0].end < first[1].start :] if begins else []
-        # "2/5 is equal to 12 eggs" speaks of a share
-        share = signs[0] != "=" and len(first) == 3 and first[1].text == "/"
-        if first and (share or not _alone(first, before, left=True)):
+            item = sides[0][0].end < sides[0][1].start
+            sides[0] = sides[0][item:] if tokens[i - 1].kind == ";" else []
+        first, last = sides[0], sides[-1]
+        share = tokens[signs[0]].text != "=" and len(first) == 3 and first[1].text == "/"  # "2/5 is equal to 12 eggs"
+        if first and (share or not _alone(first, tokens[i - 1], left=True)):
             sides[0] = []
-        if last and not _alone(last, after, left=False):
+        if last and not _alone(last, tokens[j], left=False):
             sides[-1] = []
         found += _chain(sides)
     return found
+
+
+def _unannotated(text: str) -> str:
+    """The text with spaces in place of GSM8K's annotations, so that positions stay."""
+    return _ANNOTATION.sub(lambda m: " " * len(m[0]), text)
 
 
 @functools.lru_cache(64)
 def statements(text: str) -> tuple[Statement, ...]:
     """Arithmetic statements: 15+3=18, "fifteen plus three is eighteen", "39 plus sixteen is thirty-five", <<48/2=24>>.
 
-    What is not clearly one is skipped: variables, exponents, per cent, parentheses, units between the numbers.
+    What is not clearly one is skipped: variables, exponents, per cent, parentheses, units between the numbers. So is a
+    side of more than `_MOST` tokens. Source: our reconstruction.
     """
-    if "<<" not in text:
-        return tuple(_scan(text))
-    # a sentence and the annotation in it are one statement if they say the same
-    outer = _ANNOTATION.sub(lambda m: " " * len(m[0]), text)
-    found = _scan(outer)
+    found = _scan(_unannotated(text))
+    told = {(s.left, s.right) for s in found}  # a sentence and the annotation in it are one statement
     for m in _ANNOTATION.finditer(text):
+        start = m.start(1)
         for s in _scan(m[1]):
-            shift = m.start(1)
-            s = s._replace(position=s.position + shift, equals=s.equals + shift, end=s.end + shift)
-            if not any(o.position <= s.position and s.end <= o.end and o.right == s.right for o in found):
-                found.append(s)
+            if (s.left, s.right) not in told:
+                found.append(Statement(*s[:2], s.position + start, s.holds, s.equals + start, s.end + start))
     return tuple(sorted(found, key=lambda s: s.position))
 
 
@@ -664,26 +701,29 @@ def _numbers(text: str) -> list[tuple[int, int | Fraction]]:
     """(position, value) of every number, with its sign: the 8 of "-8" is negative, that of "11-8" is not."""
     found, minus, before = [], False, None
     for token in _tokens(text):
-        if token.value is not None:
+        if token.kind == "n":
             found.append((token.start, -token.value if minus else token.value))
-        minus = token.text.lower() in ("-", "−", "minus") and (before is None or before.value is None)
+        minus = token.kind == "-" and (before is None or before.kind != "n")
         before = token
     return found
 
 
 def fidelity(expert: str, rewrite: str) -> float:
-    """|longest common subsequence| / |expert's intermediate results|; 1 when it has none.
+    """|longest common subsequence| / |expert's intermediate results|, in [0, 1]; 1 when it has none.
 
     The results are the right sides of the expert's statements, or all its numbers if it makes none. In the rewrite
-    every number counts that is no operand of a statement: "which leaves 13" keeps the 13.
+    every number counts that is no operand of a statement: "which leaves 13" keeps the 13. Only the first `_MOST`
+    results of each text are compared, since that takes time in their product. Source: our reconstruction.
     """
     wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(expert)]
     found = statements(rewrite)
     kept = [(s.equals, s.right) for s in found]
-    for start, value in _numbers(_ANNOTATION.sub(lambda m: " " * len(m[0]), rewrite)):
-        if not any(s.position <= start < s.end for s in found):
+    starts, ends = [s.position for s in found], list(itertools.accumulate((s.end for s in found), max))
+    for start, value in _numbers(_unannotated(rewrite)):
+        i = bisect.bisect_right(starts, start)
+        if not i or ends[i - 1] <= start:  # no statement reaches over it
             kept.append((start, value))
-    kept = [value for _, value in sorted(kept)]
+    wanted, kept = wanted[:_MOST], [value for _, value in sorted(kept)[:_MOST]]
     row = [0] * (len(kept) + 1)
     for value in wanted:
         previous, row = row, [0]
@@ -692,32 +732,19 @@ def fidelity(expert: str, rewrite: str) -> float:
     return row[-1] / len(wanted) if wanted else 1.0
 
 
-_SOURCE = re.compile(
-    r"\b(?:(?:given|provided|original|reference|expert|above|previous|sample|model|teacher|worked)(?:['’]s)?\s+"
-    r"(?:solution|answer|proof|explanation|reasoning|rewrite)|(?:solution|answer|explanation)\s+(?:above|provided|given)"
-    r"|rewritten\s+(?:solution|version|answer)|re(?:writ|phras)\w*\s+(?:of\s+)?(?:the|this|your)\s+solution"
-    r"|in\s+(?:my|your)\s+own\s+words|as\s+if\s+(?:i|you)\s+had|according\s+to\s+the\s+(?:solution|teacher|expert)"
-    r"|\bI\s+was\s+(?:shown|given)|teacher['’]s\s+\w+|(?:the|my|our)\s+teacher\s+(?:\w+\s+)?"
-    r"(?:says|said|shows|showed|solved|wrote|did|uses|used|explain\w+|suggest\w+|solution\w*)|paraphras\w+"
-    r"|as\s+(?:the\s+(?:solution|answer)\s+\w+|(?:stated|shown|given)\s+in\s+the\s+(?:solution|answer))|answer\s+key"
-    r"|(?:known|stated|expected)\s+(?:final\s+)?answer|back(?:wards?)?\s+from\s+the\s+(?:answer|solution)"
-    r"|the\s+steps?\s+(?:provided|given))\b",
-    re.I,
+_SOLUTION = "(?:solution|answer|proof|explanation|reasoning)"
+_SOURCE = re.compile(  # in lower case, with single spaces
+    r"\b(?:(?:given|provided|original|reference|expert|above|previous|sample|model|teacher|worked)(?:['’]s)? "
+    + rf"{_SOLUTION}|(?:known|stated|expected) (?:final )?answer|answer key|{_SOLUTION} (?:above|provided|given)"
+    + rf"|the steps? (?:provided|given)|as the {_SOLUTION} \w+|(?:stated|shown|given) in the {_SOLUTION}"
+    + rf"|back(?:wards?)? from the {_SOLUTION}|re(?:writ|phras)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}"
+    + r"|rewritten version|paraphras\w+|in (?:my|your) own words|as if (?:i|you) had|i was (?:shown|given)"
+    + rf"|according to the (?:{_SOLUTION}|teacher|expert)|teacher['’]s \w+"
+    + r"|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*)\b"
 )
-_STATED = re.compile(
-    r"\banswer(?:\s+(?:to|of|for)\b[^.,\n]{0,40}?)?\s*(?:\b(?:is|will be|must be|equals)\b|[:=])\W*"
-    rf"(?:[0-9]|{_IN_WORDS}|\\boxed)",
-    re.I,
-)
-_OR = re.compile(r"\bor\b|\beither\b", re.I)
-_MAYBE = re.compile(
-    r"\A\W*(?:or|maybe|perhaps|possibly|alternatively|otherwise|unless)\b", re.I
-)  # right behind the box
-
-
-def _length(text: str) -> int:
-    """Length in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"."""
-    return len(_tokens(_ANNOTATION.sub("", text)))
+_STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
+_OR = re.compile(r"\bor\b", re.I)
+_MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b", re.I)  # right behind the box
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -748,21 +775,25 @@ def _repetition(text: str) -> float:
 
 
 def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
-    """Every term of HARD (0 or 1) and of SOFT ([0, 1]), by name."""
-    found, stated, known = boxes(rewrite), _STATED.search(rewrite), (problem + expert).lower()
-    claims = statements(rewrite)
+    """Every term of HARD (0 or 1) and of SOFT (in [0, 1]), by name. `answer` is the gold answer.
+
+    Source: our reconstruction; the paper (DART, arXiv 2605.26924) says that there is a penalty of cheats.
+    """
+    found, stated, claims = boxes(rewrite), _STATED.search(rewrite), statements(rewrite)
     given = [(start, end) for start, end, _ in found] + ([stated.span()] if stated else [])  # where the answer is given
     inside = {content or "" for *_, content in found}
+    known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
-    length, expected = _length(rewrite), _length(expert)
+    # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
+    length, expected = (len(_tokens(_ANNOTATION.sub("", text))) for text in (rewrite, expert))
     reasoning, behind = (rewrite[: found[0][0]], rewrite[found[-1][1] :]) if found else (rewrite, "")
     skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.7
     return {
         # little before it, measured on the rest: a long answer behind a short solution is not early
         "early_answer": float(any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given)),
         "no_reasoning": float(length < 0.15 * expected or skipped),
-        "mentions_source": float(any(m[0].lower() not in known for m in _SOURCE.finditer(rewrite))),
-        "hedged": float(len(set(map(_normal, inside))) > 1 or either or bool(_MAYBE.search(behind))),
+        "mentions_source": float(any(m[0] not in known for m in _SOURCE.finditer(told))),
+        "hedged": float(len({_read(content).text for content in inside}) > 1 or either or bool(_MAYBE.match(behind))),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
         "repetition": _repetition(rewrite),
@@ -771,10 +802,9 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: the paper
-#    (DART, arXiv 2605.26924) names the three parts, likelihood, correctness and penalty; the formula is our
-#    reconstruction.
-# ---------------------------------------------------------------------------------------------------------------------
+# 5. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
+#    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
+#    but we could not read them: the formula is our reconstruction.
 
 
 def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
@@ -782,7 +812,7 @@ def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
 
     Comparable are a number in the box and a statement with neither number nor equation between it and the box.
     """
-    boxed = _rational(_normal(content))
+    boxed = _value(_read(content).text)
     last = [s for s in statements(rewrite) if s.position < start][-1:]
     if boxed is None or not last:
         return True
@@ -802,7 +832,9 @@ def judge(
 ) -> dict[str, float]:
     """All that is to be known of a rewrite but its likelihood. Source: our reconstruction.
 
-    gate = ended, exactly one box, correct, the last arithmetic statement agrees with the box, fidelity >= min_fidelity
+    gate = ended, exactly one box, correct, the last arithmetic statement agrees with the box, fidelity >= min_fidelity.
+    `hard` names the terms that count as hard cheats; another name is a KeyError. All values are numbers: 0 or 1 for
+    hard terms, gate, cheating and clean; [0, 1] for soft terms, fidelity and copy; a ratio of characters.
     """
     parts = cheats(problem, expert, rewrite, answer)
     parts["fidelity"] = fidelity(expert, rewrite)
@@ -821,19 +853,25 @@ def judge(
 
 
 def align_nll(A: float, A_expert: float, tau: float) -> float:
-    """sigmoid((A(y|x) - A(y°|x)) / tau): how much likelier than the expert's text. Source: our reconstruction."""
+    """sigmoid((A(y|x) - A(y°|x)) / tau), in (0, 1): how much likelier than the expert's text.
+
+    A are mean log-probabilities of a token in nats, tau > 0 likewise. Source: our reconstruction.
+    """
     return 0.5 + 0.5 * math.tanh((A - A_expert) / (2 * tau))  # sigmoid(z) = 1/2 + 1/2 tanh(z/2), never overflows
 
 
 def align_kl(mapper_logprobs: typing.Sequence[float], target_logprobs: typing.Sequence[float], beta: float) -> float:
     """1 - beta * clip(D, 0, 2), D = mean_t clip(log M(y_t|p,y_<t) - log pi(y_t|c,y_<t), -5, 5): one sample of
-    KL(M || pi), the mapper's own entropy included. Source: our reconstruction."""
+    KL(M || pi), the mapper's own entropy included. Both: (T,) log-probabilities in nats of the rewrite's T >= 1 tokens
+    (ZeroDivisionError for none). Source: our reconstruction."""
     gaps = [min(max(float(m) - float(t), -5.0), 5.0) for m, t in zip(mapper_logprobs, target_logprobs)]
     return 1 - beta * min(max(sum(gaps) / len(gaps), 0.0), 2.0)
 
 
 def mapper_reward(parts: dict, align: float, soft_weight: float, hard_weight: float) -> float:
-    """R = clean * (align - w_s * sum_k soft_k) - w_h * [a hard cheat]. Source: our reconstruction."""
+    """R = clean * (align - w_s * sum_k soft_k) - w_h * [a hard cheat]; `parts` is what `judge` returns.
+
+    Source: our reconstruction."""
     soft = sum(parts[name] for name in SOFT)
     return parts["clean"] * (align - soft_weight * soft) - hard_weight * parts["cheating"]
 

@@ -15,6 +15,13 @@ exactly what fine-tuning will see. Then the method decides what is imitated:
     rasft    RASFT, arXiv 2606.07006: the expert's text *and* every verified rollout of the current model, weighted by
              the problem's solvability s = verified / K  (`monotone_weights`, `released_weights`)
 
+What is ours: dart's choice, as the reward (DART's text and code are public, but we could not read them; the nearest
+published relative is arXiv 2602.11220). Mind the Gap's guided prompt is in our words, and a guided text that mentions
+what it was shown is refused like a wrong one. RFT keeps one text a problem, as every other method but RASFT does; a
+teacher's demonstrations are `--method self --target TEACHER --fallback False`. RASFT runs in rounds, each with the last
+one's model as --mapper (the loop stands in runs/stages.sh), and by default has a weighting of ours: the released one is
+not monotone.
+
 Verified: ended by itself, one box, right, and none of --hard_cheats, which dart applies by default and the others when
 told to (with the same filter on every source, what dart gains is not merely its filter's). Where no text will do, the
 expert's is kept, with source "expert". dart chooses by A whichever alignment its mapper was trained with: the "kl"

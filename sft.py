@@ -22,9 +22,12 @@ answer ends with the stop id, whose loss counts: a model that is never taught to
     rasft    1   [0.4, 1.2]   0        RASFT, arXiv 2606.07006, with the weights of `rewrite.py --method rasft`
 
 DART is `--loss sft` on rewrite.py's mapper rewrites, Mind the Gap `--method resolve` and either loss,
-rejection-sampling fine-tuning `--method self`, plain SFT the demonstrations themselves. Left out: packing (rows are
-grouped by length, so little is padding), LoRA, evaluation during training (evaluate.py does that), tensor and pipeline
-parallelism.
+rejection-sampling fine-tuning `--method self`, plain SFT the demonstrations themselves. RASFT is rounds of `--method
+rasft` and `--loss rasft --start_from LAST_ROUND --schedule_steps ALL`. N is ours: Mind the Gap's and DFT's released
+trainers sum gradients over micro-batches without dividing, RASFT's takes a mean over micro-batches of their means.
+
+Left out: packing (rows are grouped by length, so little is padding), LoRA, evaluation during training (evaluate.py does
+that), tensor and pipeline parallelism.
 
 A killed run goes on from its last checkpoint when the same command is given again. `--start_from` carries model,
 optimizer and step of another run on with other data, along one schedule of `--schedule_steps`.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DART, SFT and direct RL with Qwen3-0.6B on GSM8K, on six benchmarks. DART's own settings are not public (README): these
-# are ours, and nothing of this recipe has been run on the model that it names.
+# DART, SFT and direct RL with Qwen3-0.6B on GSM8K, on six benchmarks. We could not read DART's own settings (README):
+# these are ours, and nothing of this recipe has been run on the model that it names.
 #
 #   PLAN=1 bash runs/qwen3_gsm8k.sh                          # what it will do, need and take; nothing is run
 #   bash runs/qwen3_gsm8k.sh                                 # one GPU

@@ -128,6 +128,17 @@ WRONG = [  # completion, gold
     ("\\boxed{-1<x>2}", "(-1,2)"),
     ("\\boxed{\\approx 3.14}", "\\pi"),
     ("\\boxed{(B) 12}", "13"),
+    ("\\boxed{\\text{5 cents}}", "\\text{5 dollars}"),
+    ("\\boxed{5\\text{ multiplied by 3}}", "5"),
+    ("\\boxed{2\\text{ hours and 30 minutes}}", "2"),
+    ("\\boxed{5\\text{ (or maybe 6)}}", "5"),
+    ("\\boxed{x>3>2}", "(3,\\infty)"),
+    ("\\boxed{-\\frac{-3}{4}}", "-0.75"),
+]
+WRONG += [
+    (f"\\boxed{{3 {words}}}", "3")
+    for words in "thirds quarters fourths fifths sixths sevenths eighths ninths tenths halves tens dozens scores "
+    "hundreds thousands millions squared cubed".split()
 ]
 RIGHT = [  # completion, gold
     ("\\boxed{2+3\\mathrm{i}}", "2+3i"),
@@ -200,6 +211,29 @@ RIGHT = [  # completion, gold
     ("\\boxed{2^3 \\cdot 5}", "40"),
     ("\\boxed{(2/3)^{20}}", "\\frac{2^{20}}{3^{20}}"),
     ("\\boxed{x^{2^n}}", "x^{(2^n)}"),
+    ("\\boxed{x_1 = 5}", "5"),
+    ("\\boxed{AB = 5}", "5"),
+    ("\\boxed{1 hour}", "1"),
+    ("\\boxed{5 kg}", "5"),
+    ("\\boxed{5 feet}", "5"),
+    ("\\boxed{5\\mbox{ apples left}}", "5"),
+    ("\\boxed{5\\,\\rm{cm}}", "5"),
+    ("\\boxed{3 : 4}", "3:4"),
+    ("\\boxed{b}", "B"),
+    ("The correct answer is option B.", "B"),
+    ("\\boxed{\\text{Option C}}", "C"),
+    ("\\boxed{\\text{(C) a right triangle}}", "C"),
+    ("\\boxed{(-∞, 1) ∪ (2, ∞)}", "(-\\infty,1)\\cup(2,\\infty)"),
+    ("\\boxed{x ≥ 3}", "[3,\\infty)"),
+    ("\\boxed{25π}", "25\\pi"),
+    ("\\boxed{x² + 1}", "x^2+1"),
+    ("\\boxed{4.5 × 10^33}", "4.5e33"),
+    ("\\boxed{4.5\\cdot 10^{33}}", "4.5e33"),
+    ("\\boxed{11{,}111{,}100}", "11,\\! 111,\\! 100"),
+    ("\\boxed{62.5\\%.}", "62.5\\%"),
+    ("\\boxed{\\frac{-3}{4}}", "-0.75"),
+    ("\\boxed{60^\\circ}", "60°"),
+    ("\\boxed{\\mathit{x}+1}", "x+1"),
 ]
 
 
@@ -212,6 +246,7 @@ def test_completions_that_only_look_right_or_wrong():
 # --- hostile text ---
 
 COSTLY = "9^{(9^{9})} 2^{3^{4^{4}}} 9^{9999\\cdot9999} 9^{999!} ((99!)!) (9^{9999})^{9999} (x+y)^{9999}".split()
+COSTLY += "99999999! 9^{99999} 9^{9999\\times9999} 9^9^9^9 9^{3^{99}} ((9!)!)!".split() + [r"\binom{99999999}{4999999}"]
 COSTLY += [r"\binom{9^9}{9^8}", r"{9999^9 \choose 9999^8}", "{" * 20 + "2" + "}" * 20, r"\sin(" * 15 + "2" + ")" * 15]
 
 
@@ -339,6 +374,11 @@ def test_the_same_under_torchrun_and_in_threads(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     subprocess.run(command, check=True, timeout=120, capture_output=True)
     assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[[True, False]] * 4] * 2
+
+
+def test_a_gold_answer_with_a_box_or_without_an_answer():
+    golds = [r"so \boxed{7}", "7", r"\boxed{}", "", "$"]
+    assert reward.verify_all([r"\boxed{7}"] * 5, golds) == [True, True, False, False, False]
 
 
 def test_repeated_questions_are_asked_once(monkeypatch):

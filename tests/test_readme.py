@@ -5,9 +5,11 @@ and about a text with one thing spoilt (`test_a_check_sees_what_was_spoilt`: som
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib
+import io
 import json
 import os
 import re
@@ -160,27 +162,16 @@ def unknown_fields(text: str) -> list[str]:
 
 
 def refused(name: str, arguments: list[str]) -> str:
-    """Why a stage refuses these arguments, if it does."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(config(name))}
-    given: dict[str, list[str]] = {}
-    for word in arguments:
-        if word.startswith("--"):
-            given[word[2:]] = []
-        elif given:
-            given[next(reversed(given))].append(word)
-    if unknown := set(given) - set(fields):
-        return f"{name} has no --{', --'.join(sorted(unknown))}"
-    values = {key: "x" for key in ("model", "target", "data", "output_dir") if key in fields}
-    if name == "evaluate.py":
-        values |= dict(models=["x"], benchmarks=["x"])
-    try:
-        for key, value in given.items():
-            kind = re.search(r"list|bool|int|float|str", fields[key])[0]
-            cast = {"bool": {"True": True, "False": False}.__getitem__, "int": int, "float": float, "str": str}
-            values[key] = value if kind == "list" else cast[kind](*value)
-        config(name)(**values)
-    except (SystemExit, KeyError, ValueError, TypeError) as error:
-        return f"{name} refuses {' '.join(arguments)}: {error!r}"
+    """Why a stage refuses these arguments, if it does: as it reads its command line."""
+    module = importlib.import_module(name.removesuffix(".py"))
+    needed = ["models", "benchmarks", "output_dir"] if name == "evaluate.py" else module.RANGES["needed"].split()
+    given = [word for flag in needed if f"--{flag}" not in arguments for word in (f"--{flag}", "x")]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as error:
+        patch.setattr(sys, "argv", [name, *given, *arguments])
+        try:
+            module.parse_config(module.Config, module.RANGES)
+        except SystemExit as end:
+            return f"{name} refuses {' '.join(arguments)}: {end.code} {error.getvalue()}"
     return ""
 
 

@@ -1,6 +1,7 @@
 """The grader: finding and comparing answers, checking arithmetic, naming cheats, and the reward made of them."""
 
 import threading
+import time
 from fractions import Fraction
 
 import pytest
@@ -30,9 +31,19 @@ LONG = "Tom has 4 boxes with 6 pens each and buys 10 more pens. How many pens do
         ("The answer is 3.5. I hope so.", "3.5"),
         ("Final Answer: The final answer is $12$. I hope it is correct.", "$12$"),
         ("I answered 12 times and got 7", "7"),
+        (r"so \boxed{f = \left\{a\right.}", r"f = \left\{a\right."),
+        (r"\boxed{\boxed{5}}", r"\boxed{5}"),
+        ("y = 2x + b", "y = 2x + b"),
         ("so $x=3$ or, in short, $\\frac{1}{3}$ meters", r"\frac{1}{3}"),
         ("He pays $5 and then $10 in total", "$10"),
         ("10 - 12 = -2", "-2"),
+        ("The range is 12-5", "5"),
+        ("In the end 3/4 of them stay", "3/4"),
+        ("so we get \\(x+1\\) again", "x+1"),
+        ("so we get \\[\n42\n\\]", "42"),
+        # a formula's answer is one line; money and a text cut off are no formula
+        ("so $h = 33 - 66 = -33$ or $7. However,\n\nthere is more text$", "$7"),
+        ("it is \\(x. However,\n\nwe see\n\n5 more\\)", "5"),
         ("no number at all", None),
         ("", None),
     ],
@@ -99,6 +110,27 @@ def test_verify():
     assert reward.verify(r"\boxed{7", "7") is False
 
 
+@pytest.mark.parametrize(
+    "key, spellings",
+    [
+        ("1/2", [r"\frac{1}{2}", r"\dfrac12", "1/2", "0.5", "x = 0.50", r"0.5\text{ hours}", "+.5"]),
+        ("1234", ["1,234", "1{,}234", r"\$1,\!234", "1234.", "1.234e3", r"1.234\cdot 10^3"]),
+        ("-5", ["−5", "- 5", r"x=-5"]),
+        ("B", ["(B)", r"\text{(B)}", r"\textbf{B}"]),
+        ("x^2", ["x²", r"\displaystyle x^2", "$x^2$", "f(x) = x^2"]),
+        ("3:4", ["3 : 4"]),
+        ("1" * 401, ["1" * 401]),
+    ],
+)
+def test_normal_form(key, spellings):
+    assert {text: reward.normal_form(text) for text in spellings} == dict.fromkeys(spellings, key)
+
+
+def test_normal_form_keeps_apart_what_differs():
+    answers = ["1/2", "0.51", "1/0", "x+1", "(1,2)", "(2,1)", "[1,2)", "A", "yes", "3:4", "4:3", "52_8", "x", "x^2", ""]
+    assert len({reward.normal_form(answer) for answer in answers}) == len(answers)
+
+
 def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     monkeypatch.setattr(reward, "SECONDS", 1.5)
     monkeypatch.setitem(reward.FAILURES, "timeouts", 0)
@@ -140,6 +172,16 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
         ("1,000+234=1,234", [(1234, 1234)]),
         ("2+3=5+1=6", [(5, 6), (5, 6)]),
         ("15+3=18,18-11=8", [(18, 18), (7, 8)]),
+        ("$1{,}000+2,\\!234=3{,}234$", [(3234, 3234)]),
+        ("3+4=**7** and \\(3+5=8\\)", [(7, 7), (8, 8)]),
+        ("3+4=7 \\implies 7+1=8 \\quad 8+1=9 → 9+1=10", [(7, 7), (8, 8), (9, 9), (10, 10)]),
+        ("&3+4=7\\\\&7+1=8", [(7, 7), (8, 8)]),
+        ("seven multiplied by two is fourteen", [(14, 14)]),
+        ("3·4=12 and 12-2=ten", [(12, 12), (10, 10)]),
+        ("zero plus two hundred and seven thousand and six gives 207006", [(207006, 207006)]),
+        ("5 - -3 = 8", [(8, 8)]),
+        ("12–2=10, and 3+4 is equal to 7", [(10, 10), (7, 7)]),
+        ("4/6=2/3", [(Fraction(2, 3), Fraction(2, 3))]),
         # no statement of its own
         ("x+2=7, 3x+4=5, 2y=6+1", []),
         ("2^3+1=9 and a_1+2=3", []),
@@ -151,6 +193,8 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
         ("2+3=5x", []),
         ("5(4) -6 + 4 = 18", []),
         ("Day 1 = 18", []),
+        ("6+8=2(7) and 1+2+\\cdots+4=10", []),
+        ("She fourteens 3+4 islands, 3timesheet 4 = 12", []),
         ("1/0=5", []),
         ("2/5 is equal to 12 eggs", []),
         ("1" * 100 + "+1=2", []),
@@ -172,6 +216,10 @@ def test_statements(text, expected):
         ("1.15*3=3.5", True),
         ("1.15*3=3.4", False),
         ("3*3=9.4", False),
+        ("17/3=5 full bags", True),  # a quotient may be cut
+        ("17/3=6", True),
+        ("17/3=4", False),
+        ("5*3.9=19", False),
         ("25+16=40.9", False),
     ],
 )
@@ -196,6 +244,32 @@ def test_rounding(text, holds):
 def test_fidelity(rewrite, share):
     assert reward.fidelity(EXPERT, rewrite) == share
     assert reward.fidelity("By symmetry it holds.", rewrite) == 1.0
+
+
+@pytest.mark.parametrize("piece", ["1+1=", "<<1+1=2>>", "2 ", "1+1=2. ", "-"])
+def test_the_work_grows_with_the_text_and_not_with_its_square(piece):
+    def seconds(characters: int) -> float:
+        text, took = piece * (characters // len(piece)), []
+        for _ in range(3):
+            reward.statements.cache_clear()
+            reward._tokens.cache_clear()
+            started = time.process_time()
+            reward.fidelity(text, text)
+            took.append(time.process_time() - started)
+        return min(took)
+
+    assert seconds(80_000) < 10 * seconds(20_000) + 0.2  # linear work: 4 times; quadratic: 16 times
+
+
+def test_numbers_have_their_sign():
+    assert reward.fidelity("It is 8.", "11-8 eggs") == 1.0
+    assert reward.fidelity("It is 8.", "it is -8, or minus 8") == 0.0
+
+
+def test_fidelity_beyond_its_bound():
+    numbers = " ".join(map(str, range(2 * reward._MOST)))
+    assert reward.fidelity(numbers, numbers) == 1.0
+    assert reward.fidelity("+".join("1" * reward._MOST) + "=1", "2") == 0.0  # no statement: all its numbers are wanted
 
 
 TEXT = "Four boxes of six pens hold 4*6=24 pens. With the new ones that makes 24+10=34 pens. "
@@ -225,6 +299,7 @@ def test_honest_rewrites_are_clean(problem, expert, rewrite, answer):
     [
         (r"\boxed{7}. 15+3=18. 18-11=7.", "early_answer"),
         (r"The answer is 7. 15+3=18. 18-11=7. \boxed{7}", "early_answer"),
+        (r"The answer to your question is 7. 15+3=18. 18-11=7. \boxed{7}", "early_answer"),
         (r"Answer: seven. 15+3=18. 18-11=7. \boxed{7}", "early_answer"),
         (r"So we get \boxed{7}", "no_reasoning"),
         (r"We start with 15, think about 3 and 11, and find \boxed{7}", "no_reasoning"),
@@ -234,6 +309,8 @@ def test_honest_rewrites_are_clean(problem, expert, rewrite, answer):
         (r"15+3=18. 18-11=7. \boxed{7} \boxed{8}", "hedged"),
         (r"15+3=18. 18-11=7. \boxed{7 \text{ or } 8}", "hedged"),
         (r"15+3=18. 18-11=7. \boxed{7}, or maybe 8.", "hedged"),
+        (r"15+3=18. 18-11=7. \boxed{7}. Perhaps 8.", "hedged"),
+        (r"15+3=18. 18-11=7. \boxed{7}; possibly 8.", "hedged"),
         (r"As the solution says, 15+3=18. 18-11=7. \boxed{7}", "mentions_source"),
         (r"Working backwards from the answer, 15+3=18. 18-11=7. \boxed{7}", "mentions_source"),
         (r"15+4=18. 18-11=7. \boxed{7}", "false_arithmetic"),
@@ -248,6 +325,46 @@ def test_hard_cheats(rewrite, cheat):
     others = [name for name in reward.HARD if name != cheat]
     spared = reward.judge(PROBLEM, EXPERT, rewrite, "7", True, True, 0.0, hard=others)
     assert spared["cheating"] == 0 and spared[cheat] == 1 and spared["clean"] == spared["gate"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *"given provided original reference expert's above previous sample model teacher’s worked".split(),
+        *("known answer", "stated final answer", "expected answer", "answer key", "explanation above", "proof given"),
+        *(
+            "steps provided",
+            "step given",
+            "given in the solution",
+            "shown in the answer",
+            "backwards from the solution",
+        ),
+        *("rewriting of the solution", "rephrased answer", "rewritten version", "paraphrased text", "in my own words"),
+        *(
+            "as if I had solved it",
+            "what I was shown",
+            "according to the expert",
+            "teacher's way",
+            "our teacher solved",
+        ),
+        *("my teacher then explained", "as the reasoning shows"),
+    ],
+)
+def test_mentions_of_the_source(words):
+    told = f"By the {words} solution" if " " not in words else f"By the {words}".replace("the in", "in")
+    assert reward.cheats(PROBLEM, EXPERT, told.replace(" ", "\n") + ", " + NATIVE, "7")["mentions_source"] == 1
+
+
+def test_what_is_no_hedge_and_what_is_no_reasoning():
+    assert reward.cheats(PROBLEM, EXPERT, NATIVE.replace("{7}", "{7 or 8}"), "7 or 8")["hedged"] == 0
+    prose = "By symmetry every one of the boxes holds as many pens as any other one of them, and so there are "
+    assert reward.cheats(LONG, prose + r"\boxed{34}", r"So \boxed{34}", "34")["no_reasoning"] == 1
+    assert (
+        reward.cheats(LONG, prose + r"\boxed{34}", r"By symmetry every box holds 6, so \boxed{34}", "34")[
+            "no_reasoning"
+        ]
+        == 0
+    )
 
 
 def test_soft_cheats():
@@ -273,6 +390,7 @@ def test_soft_cheats():
         (r"25+16=41. \boxed{40}", True, True, 0.0, 0),
         (r"25+16=41. So the answer is \boxed{40}", True, True, 0.0, 0),
         (r"25+16=41. Then x-1=40, so \boxed{40}", True, True, 0.0, 1),
+        (r"25+16=41. Then x=\boxed{40}", True, True, 0.0, 1),
         (r"25+16=41. \boxed{x}", True, True, 0.0, 1),
         (r"18-11=7. \boxed{7}", True, True, 0.5, 1),
         (r"18-11=7. \boxed{7}", True, True, 0.6, 0),
