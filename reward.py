@@ -423,7 +423,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     (answer, unit), (gold, gold_unit) = _read(answer), _read((found[-1][2] or "") if found else gold)
     if not gold or _units_differ(unit, gold_unit):
         return False
-    if "=" not in gold and "\\in" not in gold:
+    if not re.search(r"=|\\in\b", gold):
         answer = _unnamed(answer)
     if re.match(r"[-\d.]+$|\\frac", gold):
         answer = re.sub(r"^\([A-J]\)\s*(?=\S)", "", answer)  # (B) 12

@@ -212,6 +212,7 @@ RIGHT = [  # completion, gold
     ("\\boxed{(2/3)^{20}}", "\\frac{2^{20}}{3^{20}}"),
     ("\\boxed{x^{2^n}}", "x^{(2^n)}"),
     ("\\boxed{x_1 = 5}", "5"),
+    ("\\boxed{x \\in (-\\infty, 0]}", "(-\\infty, 0]"),
     ("\\boxed{AB = 5}", "5"),
     ("\\boxed{1 hour}", "1"),
     ("\\boxed{5 kg}", "5"),
