@@ -72,7 +72,7 @@ class Config:
     max_tokens: int = 4096  # tokens of an answer, clipped to what the context leaves; too few show as truncation
     max_model_len: int = 6144  # tokens of prompt + answer; problems whose prompt does not fit are named and left out
     limit: int = 0  # only the first rows of each benchmark (0: all)
-    seed: int = 0  # every request is seeded from (seed, benchmark, id): the number of ranks does not matter
+    seed: int = 0  # on a CPU each request is seeded from (seed, benchmark, id), on a GPU the engine from (seed, rank)
     gpu_memory: float = 0.9  # share of the GPU that vLLM may take (unused on a CPU)
     compare: list[str] = field(default_factory=list)  # finished evaluations (output_dir or output_dir/NAME) to compare
 
@@ -200,7 +200,7 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
     for benchmark, problems in suites.items():
         left_out = head["left_out"].get(benchmark, [])
         merge_parts(folder, benchmark, [p["id"] for p in problems if p["id"] not in left_out])
-    names = list(dict.fromkeys([*old["benchmarks"], *suites]))
+    names = [n for n in dict.fromkeys([*old["benchmarks"], *suites]) if (folder / f"{n}.jsonl").exists()]
     rows = {name: list(read_parts(folder, name).values()) for name in names}
     summary = head | {
         "intervals": f"95%, percentile bootstrap over problems (never samples), {RESAMPLES} resamples",
@@ -535,7 +535,7 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
 def written_rows(path: Path) -> list[dict]:
     """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
     a line at its end; it does not count."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,7 +561,10 @@ def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dic
         asked = {row["id"]: row for row in inputs}
         for i, row in rows.items():
             changed = [k for k, v in asked[i].items() if k in row and row[k] != v] if i in asked else ["id"]
-            check(not changed, f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove it")
+            check(
+                not changed,
+                f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove the folder",
+            )
     return rows
 
 
@@ -603,7 +606,7 @@ def json_line(row: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: float, sleep=False, batched_tokens=8192):
+def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=False, batched_tokens=8192):
     """One vLLM engine in this process; `vocab` ids can be sampled. 2 s on a CPU, if it is not compiled.
 
     Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
@@ -655,7 +658,7 @@ def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: flo
         logprobs_mode="processed_logprobs",
         logits_processors=[UsedVocabulary],
         disable_log_stats=True,
-        seed=int(os.environ["RANK"]),
+        seed=request_seed(seed, int(os.environ["RANK"])),  # which a GPU draws from; on a CPU each request has its own
         **machine,
     )
 
@@ -691,7 +694,7 @@ def sampling(tokenizer, n: int, temperature: float, max_tokens: int, seed: int, 
     """vLLM sampling parameters: plain sampling (top_p 1, no top_k), ended by any of the model's ends.
 
     Requests are seeded on a CPU alone, where a draw then depends on neither the batch nor the ranks. On a GPU a seed a
-    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine's seed is its rank.
+    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine is seeded, by its rank.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -803,7 +806,7 @@ def main():
         if work[name]:
             # --- 3. the first model starts the engine, the others take their place in it ---
             if engine is None:
-                engine = start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory)
+                engine = start_engine(path, config.max_model_len, device, vocab[name], config.gpu_memory, config.seed)
             else:
                 reload_engine(engine, weights_path=path)
 

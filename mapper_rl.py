@@ -553,7 +553,7 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
 def written_rows(path: Path) -> list[dict]:
     """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
     a line at its end; it does not count."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -805,7 +805,7 @@ def resume_metrics(folder: Path, step: int) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: float, sleep=False, batched_tokens=8192):
+def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=False, batched_tokens=8192):
     """One vLLM engine in this process; `vocab` ids can be sampled. 2 s on a CPU, if it is not compiled.
 
     Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
@@ -857,7 +857,7 @@ def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: flo
         logprobs_mode="processed_logprobs",
         logits_processors=[UsedVocabulary],
         disable_log_stats=True,
-        seed=int(os.environ["RANK"]),
+        seed=request_seed(seed, int(os.environ["RANK"])),  # which a GPU draws from; on a CPU each request has its own
         **machine,
     )
 
@@ -893,7 +893,7 @@ def sampling(tokenizer, n: int, temperature: float, max_tokens: int, seed: int, 
     """vLLM sampling parameters: plain sampling (top_p 1, no top_k), ended by any of the model's ends.
 
     Requests are seeded on a CPU alone, where a draw then depends on neither the batch nor the ranks. On a GPU a seed a
-    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine's seed is its rank.
+    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine is seeded, by its rank.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -972,7 +972,7 @@ def main():
         return print(f"{out}: finished already") if rank == 0 else None
 
     vocab, sleeps = reward.used_vocabulary(tokenizer), device.type == "cuda"
-    llm = start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, sleep=True)
+    llm = start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, config.seed, sleep=True)
     policy = load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
     target = load_model(config.target, device, train=False) if config.task == "map" else None
     reference = load_model(config.model, device, train=False) if config.beta_kl > 0 else None
@@ -996,7 +996,7 @@ def main():
     for step in bar:
         if config.max_seconds and elapsed >= config.max_seconds:
             break
-        torch.manual_seed(config.seed + step)  # dropout, in models that have it
+        torch.manual_seed(request_seed(config.seed, step, rank))  # a GPU's sampling; dropout, in models that have it
         clock = [time.perf_counter()]
 
         # --- 1. sync: the engine gets the policy's weights (also at the start, and after a resume) ---

@@ -98,7 +98,7 @@ class Config:
     weights: str = "monotone"  # rasft: monotone (own solutions replace the expert's share by share) or released
     # --- machine ---
     gpu_memory: float = 0.9  # share of the GPU that the engine may take
-    seed: int = 0  # every request is seeded from (seed, prompt, id): the number of ranks does not matter
+    seed: int = 0  # on a CPU each request is seeded from (seed, prompt, id), on a GPU the engine from (seed, rank)
 
     def __post_init__(self):
         check(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
@@ -286,7 +286,8 @@ def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -
     """Yields (index, A(y|x)) of (problem, text) pairs as the engine finishes them.
 
     A(y|x) = mean over response tokens, stop id included, of log π(y_t | c(x), y_<t), from the logits of one pass over
-    prompt and text. A text that did not end may be longer than `max_len` with its stop id: its first tokens are scored.
+    prompt and text. A text that leaves no room below `max_len` (most often one that did not end) is scored without its
+    last tokens.
     """
     from vllm import SamplingParams
 
@@ -535,7 +536,7 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
 def written_rows(path: Path) -> list[dict]:
     """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
     a line at its end; it does not count."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,7 +562,10 @@ def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dic
         asked = {row["id"]: row for row in inputs}
         for i, row in rows.items():
             changed = [k for k, v in asked[i].items() if k in row and row[k] != v] if i in asked else ["id"]
-            check(not changed, f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove it")
+            check(
+                not changed,
+                f"{folder}: {changed} of {i!r} in {stem} changed since a run was begun here; remove the folder",
+            )
     return rows
 
 
@@ -603,7 +607,7 @@ def json_line(row: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: float, sleep=False, batched_tokens=8192):
+def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=False, batched_tokens=8192):
     """One vLLM engine in this process; `vocab` ids can be sampled. 2 s on a CPU, if it is not compiled.
 
     Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
@@ -655,7 +659,7 @@ def start_engine(folder, max_model_len: int, device, vocab: int, gpu_memory: flo
         logprobs_mode="processed_logprobs",
         logits_processors=[UsedVocabulary],
         disable_log_stats=True,
-        seed=int(os.environ["RANK"]),
+        seed=request_seed(seed, int(os.environ["RANK"])),  # which a GPU draws from; on a CPU each request has its own
         **machine,
     )
 
@@ -691,7 +695,7 @@ def sampling(tokenizer, n: int, temperature: float, max_tokens: int, seed: int, 
     """vLLM sampling parameters: plain sampling (top_p 1, no top_k), ended by any of the model's ends.
 
     Requests are seeded on a CPU alone, where a draw then depends on neither the batch nor the ranks. On a GPU a seed a
-    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine's seed is its rank.
+    request costs 20-50% of generation, and bf16 depends on the batch anyway: there the engine is seeded, by its rank.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -742,14 +746,15 @@ def main():
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
     rows = [{name: row[name] for name in fields} | {"weights": stamps} for row in rows]  # ours go beside these four
-    long = {i for i, length in longest.items() if length + 1 > config.max_model_len}
-    check(len(long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
-    written = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share} - long
-    check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
     expert_length = {r["id"]: sum(map(len, text_ids(tokenizer, r["problem"], r["solution"]))) for r in rows}
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
     check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")
+    long = {i for i, length in longest.items() if length + 1 > config.max_model_len} - too_long
+    check(len(long | too_long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
+    share = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share}
+    written = share - long - too_long
+    check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
     output = Path(config.output_dir)
     save_config(config, output, may_change=("output_dir", "gpu_memory"))
     rank, world, device = init_distributed()
@@ -759,7 +764,8 @@ def main():
         )
     if too_long and rank == 0:
         print(
-            f"{len(too_long)} rows are longer than the {readable} tokens the target reads, left out:", *sorted(too_long)
+            f"{len(too_long)} rows do not fit into the {readable} tokens that the target reads, left out:",
+            *sorted(too_long),
         )
     rows = [row for row in rows if row["id"] not in too_long]
     scored = on_rank0(lambda: read_parts(output, "scored", rows))
@@ -771,9 +777,10 @@ def main():
     vocab = reward.used_vocabulary(tokenizer)
     # room for the longest text, which has to be scored, its stop id, and the token that scoring throws away
     max_len = min(readable, max(config.max_model_len, *(expert_length[row["id"]] for row in rows)) + 2)
-    scoring = dict(max_model_len=max_len, device=device, vocab=vocab, gpu_memory=config.gpu_memory, batched_tokens=2048)
+    flags = dict(device=device, vocab=vocab, gpu_memory=config.gpu_memory, seed=config.seed, batched_tokens=2048)
     if any(row["id"] in written and row["id"] not in known[source] for row in rest for source in sources):
-        engine, running = start_engine(config.mapper, **scoring), config.mapper
+        running = config.mapper
+        engine = start_engine(running, max_len if running == config.target else config.max_model_len, **flags)
     judged: dict[str, list[dict]] = {row["id"]: [] for row in mine}
     seconds = dict.fromkeys(judged, 0.0)
     for source in sources:
@@ -791,7 +798,7 @@ def main():
     if rest and running != config.target:
         if engine is not None:
             stop_engine(engine)
-        engine = start_engine(config.target, **scoring)
+        engine = start_engine(config.target, max_len, **flags)
     if mine:
         write_scores(engine, tokenizer, mine, judged, seconds, max_len, output)
     dist.barrier()

@@ -418,7 +418,7 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
 def written_rows(path: Path) -> list[dict]:
     """Rows of a JSONL file of ours, [] without it. A process that was killed, or that still writes, may have left half
     a line at its end; it does not count."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -316,8 +316,8 @@ def test_rewrite_files(world, rewrites, tiny_model):
     demos = {row["id"]: row for row in read(world / "demos.jsonl")}
     train, scored = read(folder / "train.jsonl"), read(folder / "scored.jsonl")
     assert [row["id"] for row in train] == [row["id"] for row in scored] == [i for i in demos if i != "giant"]
-    assert "2 prompts exceed --max_model_len 200; nothing is written for giant wide" in printed
-    assert "1 rows are longer than the 512 tokens the target reads, left out: giant" in printed
+    assert "1 prompts exceed --max_model_len 200; nothing is written for wide" in printed
+    assert "1 rows do not fit into the 512 tokens that the target reads, left out: giant" in printed
     assert train[-1]["source"] == "expert" and not scored[-1]["candidates"]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)

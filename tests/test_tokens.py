@@ -77,7 +77,7 @@ def main():
     dotted, other, out = sys.argv[1:]
     rank, world, device = rewrite.init_distributed()
     tokenizer = reward.load_tokenizer(dotted)
-    flags = dict(device=device, vocab=reward.used_vocabulary(tokenizer), gpu_memory=0.5)
+    flags = dict(device=device, vocab=reward.used_vocabulary(tokenizer), gpu_memory=0.5, seed=0)
     engine = rewrite.start_engine(dotted, 160, **flags)
     found = dict(precision=torch.get_float32_matmul_precision())
     prompt = reward.prompt_ids(tokenizer, reward.solve_prompt("Add 1 and 2."))
