@@ -398,7 +398,7 @@ def init_distributed():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: a product of bf16 inputs is exact in it
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: exact for bf16 inputs (at temperature 1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), device
 

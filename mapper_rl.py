@@ -110,7 +110,7 @@ class Config:
     gpu_memory: float = 0.4  # share of the GPU that the engine may take
     # --- run ---
     max_seconds: float = 0.0  # stop after this time of steps by the clock, saving left out; 0: only after `steps`
-    save_every: int = 20  # steps between checkpoints; 0: none
+    save_every: int = 20  # steps between checkpoints; 0: none, and a killed run starts over
     export_every: int = 0  # steps between exported models (model-000020, ...), to draw a curve from; 0: none
     show: int = 4  # rollouts written to rollouts.jsonl a step
     seed: int = 0  # of the order of the data and of sampling
@@ -196,7 +196,8 @@ def score(model, rows: list[tuple[list[int], list[int]]], budget: int, device, d
         for batch in tqdm(batches, desc=desc, disable=not desc or rank > 0, unit="batch"):
             input_ids, mask = collate([rows[i] for i in batch], device)
             logprobs = model.token_logprobs(input_ids, mask, **head).cpu()
-            scores |= zip(batch, logprobs.split([len(rows[i][1]) for i in batch])) if batch else ()
+            if batch:  # clones: a view would be sent with all that it is a view of
+                scores |= {i: t.clone() for i, t in zip(batch, logprobs.split([len(rows[i][1]) for i in batch]))}
     scores = dict(gather(list(scores.items())))
     return [scores[i] for i in range(len(rows))]
 
@@ -250,7 +251,10 @@ def update(policy, reference, optimizer, rollouts: list[dict], config: Config, v
 
 
 def sync_weights(policy, llm, dtype) -> None:
-    """Policy -> engine. Collective. A failed sync leaves the engine unusable, so every error here ends the run."""
+    """Policy -> engine: `full_weights` gathers one tensor at a time, `reload_engine` loads it in this process. Collective.
+
+    A failed sync leaves the engine unusable, so every error here ends the run.
+    """
     expected = [name for name, _ in policy.named_parameters(remove_duplicate=True)]
     sent = []
 
@@ -261,7 +265,7 @@ def sync_weights(policy, llm, dtype) -> None:
 
     reload_engine(llm, weights_iterator=weights())
     if set(sent) != set(expected):
-        raise RuntimeError(f"weight sync: sent {len(sent)} of {len(expected)} weights to the engine")
+        raise RuntimeError(f"weight sync: sent or expected alone: {sorted(set(sent) ^ set(expected))[:5]}")
 
 
 def rollouts_of(llm, tokenizer, rows: list[dict], places: list[int], problems: list[int], config: Config) -> list[dict]:
@@ -416,7 +420,7 @@ def init_distributed():
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: a product of bf16 inputs is exact in it
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 head: exact for bf16 inputs (at temperature 1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -967,10 +971,11 @@ def main():
     rows = prepare(rows, tokenizer, config, int(os.environ.get("RANK", "0")))
     out = Path(config.output_dir)
     save_config(config, out, MAY_CHANGE, inputs)
-    rank, world, device = init_distributed()
+    rank, world, device = init_distributed()  # torchrun has started one process a GPU; from here on they are one group
     if on_rank0(lambda: (out / "model").exists()):
         return print(f"{out}: finished already") if rank == 0 else None
 
+    dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32  # models are saved in what they came in
     vocab, sleeps = reward.used_vocabulary(tokenizer), device.type == "cuda"
     llm = start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, config.seed, sleep=True)
     policy = load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
@@ -979,6 +984,7 @@ def main():
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
     )
+    # after a kill: on from the last checkpoint; what was logged beyond it is dropped, and those steps run again
     first = load_checkpoint(out, policy, optimizer)
     done = resume_metrics(out, first)
 
@@ -1078,17 +1084,18 @@ def main():
             if not stats:
                 print(f"step {step + 1}: no group had any variance in its rewards; no update was made")
         if config.export_every and (step + 1) % config.export_every == 0:
-            save_model(policy, tokenizer, out / f"model-{step + 1:06d}", AutoConfig.from_pretrained(config.model).dtype)
+            save_model(policy, tokenizer, out / f"model-{step + 1:06d}", dtype)
         if config.save_every and (step + 1) % config.save_every == 0:
             save_checkpoint(out, step + 1, policy, optimizer)
 
     # --- the end: a plain Hugging Face folder, written before the engine is stopped ---
-    save_model(policy, tokenizer, out / "model", AutoConfig.from_pretrained(config.model).dtype)
+    save_model(policy, tokenizer, out / "model", dtype)
+    if rank == 0:
+        remove_checkpoints(out)
     if sleeps:
         llm.wake_up()  # one that sleeps has freed its memory already, and would free it again
     stop_engine(llm)
     if rank == 0:
-        remove_checkpoints(out)
         print(f"wrote {out / 'model'}")
     dist.destroy_process_group()
 
