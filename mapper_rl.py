@@ -251,7 +251,7 @@ def update(policy, reference, optimizer, rollouts: list[dict], config: Config, v
 
 
 def sync_weights(policy, llm, dtype) -> None:
-    """Policy -> engine: `full_weights` gathers one tensor at a time, `reload_engine` loads it in this process. Collective.
+    """Policy -> engine: `full_weights` gathers one tensor at a time, `reload_engine` loads it. Collective.
 
     A failed sync leaves the engine unusable, so every error here ends the run.
     """
