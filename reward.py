@@ -79,6 +79,11 @@ def response_ids(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False) + [stop_id(tokenizer)]
 
 
+def text_ids(tokenizer, problem: str, text: str) -> tuple[list[int], list[int]]:
+    """What fine-tuning sees of a text: the ids of the plain question, and those of the text with its stop id."""
+    return prompt_ids(tokenizer, solve_prompt(problem)), response_ids(tokenizer, text)
+
+
 @functools.lru_cache
 def stop_id(tokenizer) -> int:
     """The one id that training puts behind an answer: what the chat template puts there, else the tokenizer's EOS."""

@@ -277,11 +277,6 @@ def judge(row: dict, candidates: list[dict], source: str, config: Config) -> lis
     return judged
 
 
-def text_ids(tokenizer, problem: str, text: str) -> tuple[list[int], list[int]]:
-    """What fine-tuning sees of a text: the ids of the plain question, and those of the text with its stop id."""
-    return reward.prompt_ids(tokenizer, reward.solve_prompt(problem)), reward.response_ids(tokenizer, text)
-
-
 def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -> typing.Iterator[tuple[int, float]]:
     """Yields (index, A(y|x)) of (problem, text) pairs as the engine finishes them.
 
@@ -293,7 +288,7 @@ def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -
 
     # flat: no object for every token. A request has to generate one token, which is thrown away.
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-    pairs = [text_ids(tokenizer, problem, text) for problem, text in texts]
+    pairs = [reward.text_ids(tokenizer, problem, text) for problem, text in texts]
     prompts = [(prompt + response)[: max_len - 1] for prompt, response in pairs]
     for i, output in generate(engine, prompts, [params] * len(prompts), desc="score"):
         # one number a token, of the one that stands there given those before it; the first token has none
@@ -303,20 +298,21 @@ def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -
 
 def write_scores(engine, tokenizer, rows: list[dict], judged: dict, seconds: dict, max_len: int, out: Path) -> None:
     """A of the expert's text and of every candidate; each finished row is flushed at once."""
-    owners = [k for k, row in enumerate(rows) for _ in range(1 + len(judged[row["id"]]))]
-    texts = [
-        (row["problem"], text) for row in rows for text in (row["solution"], *(c["text"] for c in judged[row["id"]]))
+    texts = [  # (row, number of the text in it, text): 0 is the expert's
+        (row, n, text)
+        for row in rows
+        for n, text in enumerate([row["solution"], *(c["text"] for c in judged[row["id"]])])
     ]
-    firsts = {k: i for i, k in reversed(list(enumerate(owners)))}  # where a row's texts begin: with the expert's
-    aligns: dict[int, dict[int, float]] = {k: {} for k in firsts}
+    pairs = [(row["problem"], text) for row, _, text in texts]
+    aligns: dict[str, dict[int, float]] = {row["id"]: {} for row in rows}
     clock = time.time()
     with open_part(out, "scored") as part:
-        for i, align in mean_aligns(engine, tokenizer, texts, max_len):
-            k = owners[i]
-            row, found = rows[k], aligns[k]
-            found[i - firsts[k]] = align
+        for i, align in mean_aligns(engine, tokenizer, pairs, max_len):
+            row, n, _ = texts[i]
+            found = aligns[row["id"]]
+            found[n] = align
             if len(found) == 1 + len(judged[row["id"]]):
-                candidates = [c | {"align": found[1 + n]} for n, c in enumerate(judged[row["id"]])]
+                candidates = [c | {"align": found[k]} for k, c in enumerate(judged[row["id"]], 1)]
                 clock, score_seconds = time.time(), time.time() - clock
                 times = {"seconds": seconds[row["id"]], "score_seconds": score_seconds}
                 part.write(json_line(row | {"expert_align": found[0]} | times | {"candidates": candidates}))
@@ -746,7 +742,7 @@ def main():
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
     rows = [{name: row[name] for name in fields} | {"weights": stamps} for row in rows]  # ours go beside these four
-    expert_length = {r["id"]: sum(map(len, text_ids(tokenizer, r["problem"], r["solution"]))) for r in rows}
+    expert_length = {r["id"]: sum(map(len, reward.text_ids(tokenizer, r["problem"], r["solution"]))) for r in rows}
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
     check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")

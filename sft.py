@@ -230,8 +230,7 @@ def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[dict],
     """(prompt ids, response ids) of the rows that fit, these rows, and the ids of those that do not."""
     pairs, kept, dropped = [], [], []
     for row in rows:
-        prompt = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
-        response = reward.response_ids(tokenizer, row["solution"])
+        prompt, response = reward.text_ids(tokenizer, row["problem"], row["solution"])
         if len(prompt) + len(response) > limit:
             dropped.append(row["id"])
         else:

@@ -300,10 +300,7 @@ def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list
         tokenizer, model = reward.load_tokenizer(target), load_model(target, device, train=False)
 
         def ask(pairs, tokenizer=tokenizer, model=model):
-            rows = [
-                (reward.prompt_ids(tokenizer, reward.solve_prompt(x)), reward.response_ids(tokenizer, y))
-                for x, y in pairs
-            ]
+            rows = [reward.text_ids(tokenizer, x, y) for x, y in pairs]
             return [ids for _, ids in rows], score(model, rows, 8192, device)
 
         own = own_answers(target, found)

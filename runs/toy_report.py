@@ -144,7 +144,7 @@ def oracle_alignment(seed: Path) -> float:
     base = str(world / "base")
     tokenizer = reward.load_tokenizer(base)
     pairs = [
-        (reward.prompt_ids(tokenizer, reward.solve_prompt(r["problem"])), reward.response_ids(tokenizer, r["solution"]))
+        reward.text_ids(tokenizer, r["problem"], r["solution"])
         for r in read_jsonl(str(world / "oracle.jsonl"), {"problem": str, "solution": str})
     ]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")

@@ -92,7 +92,7 @@ def main():
     found["engine"] = dict(rewrite.mean_aligns(engine, tokenizer, rows, 400))
     rewrite.stop_engine(engine)
     model = mapper_rl.load_model(other, device, train=False)
-    pairs = [rewrite.text_ids(tokenizer, *row) for row in rows]
+    pairs = [reward.text_ids(tokenizer, *row) for row in rows]
     found["trainer"] = [logprobs.mean().item() for logprobs in mapper_rl.score(model, pairs, 2000, device)]
     open(out + "/found.json", "w").write(json.dumps(found))
 
