@@ -159,31 +159,307 @@ def check_same_tokenizer(one, other) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Answers. An answer is found in the completion, both answers are read (one spelling, and the unit apart), and the
-#    first kind that knows them compares them: number, option, words, interval. What is left is a formula: those go to
-#    math-verify, which may hang: only ever in worker processes, which die when their time is up.
+# 3. Reading. Characters and LaTeX get one spelling, the text becomes tokens, and what is arithmetic has an exact value.
+#    Answers and the arithmetic inside of rewrites are read by the same few functions.
+
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_RAISED, _VULGAR = re.compile("[⁰¹²³⁴-⁹⁻]+"), re.compile("[¼-¾⅐-⅞]")  # 5², 3½
+_ROOT = re.compile(r"√\s*(\d+|[A-Za-z])")
+_CHARACTERS = str.maketrans(
+    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "≤": r"\le ", "≥": r"\ge "}
+    | {"≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt"}
+    | {"∪": r"\cup ", "∈": r"\in ", "°": r"^\circ ", "⁄": "/", "。": ". ", "、": ", ", "→": r"\to ", "⇒": r"\to "}
+)
+_COMMANDS = dict(dfrac=r"\frac", tfrac=r"\frac", cfrac=r"\frac", dbinom=r"\binom", tbinom=r"\binom", leq=r"\le")
+_COMMANDS |= dict(leqslant=r"\le", geq=r"\ge", geqslant=r"\ge", neq=r"\ne", varnothing=r"\emptyset", langle="(")
+_COMMANDS |= dict(
+    rangle=")", ldots="...", cdots="...", dots="...", Omega=" ohm ", implies=r"\to ", quad=", ", qquad=", "
+)
+_COMMANDS |= dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr".split(), "")
+_TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname|rm|bf)\s?\{([^{}]*)\}"
+_LETTERS = dict(m="meters", g="grams", s="seconds", h="hours", L="liters", l="liters", J="joules", N="newtons")
+_DEGREES = dict(F=" fahrenheit ", C=" celsius ", K=" kelvin ")
+_LATEX = [
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+        (r"\\\\\s*\[[^\]\n]{0,9}\]", r"\\\\"),  # the distance of two rows
+        (r"\{\\(rm|bf)\s([^{}]*)\}", r"\\\1{\2}"),
+        (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]\s?)(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
+        (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
+        (r"(?<!\\)\\[,;: ()\[\]]|~", " "),
+        (r"\^\s?\{?\\circ\}?(?:\s*(?:\\[a-z]+\{)?\s?([FCK])\b\}?)?", lambda m: _DEGREES.get(m[1], "")),
+        (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJN])\s*\}", lambda m: " " + _LETTERS[m[1]]),
+        (_TEXT, r" \1 "),
+        (_TEXT, r" \1 "),  # \textbf{\text{...}}
+        (r"\\frac\s*(\d)", r"\\frac{\1}"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
+        (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
+        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
+        (r"\*\*", ""),  # bold print
+        (r"[^\S\n]{2,}", " "),
+    )
+]
+
+
+def characters(text: str) -> str:
+    """The text in ASCII signs and LaTeX commands, where it had others: x² √2 ½ ± full-width digits. Letters stay."""
+    if text.isascii():
+        return text
+    text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _VULGAR.sub(lambda m: "\\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
+    return unicodedata.normalize("NFKC", _ROOT.sub(r"\\sqrt{\1}", text)).translate(_CHARACTERS)
+
+
+@functools.lru_cache(64)
+def spelled(text: str) -> str:
+    """The text with one spelling for each sign, command, distance and fraction; \\text{...} becomes its content."""
+    text = characters(text)
+    for pattern, by in _LATEX:
+        text = pattern.sub(by, text)
+    return text
+
+
+# --- tokens ---
+
+_SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+_SMALL += ["seventeen", "eighteen", "nineteen"]
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
+_TIMES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})[-\s](?:{'|'.join(_SMALL[1:10])})(?!\w)|(?:{'|'.join(_WORDS)})(?!\w))"
+_IN_WORDS = rf"{_BELOW_100}(?:\s(?:{'|'.join(_TIMES)})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
+_TOKEN = re.compile(
+    "|".join(
+        rf"(?P<{name}>{pattern})"
+        for name, pattern in dict(
+            skip=r"[^\S\n]+|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
+            stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|,(?![0-9]{3})|\\to(?![a-z])|=>",
+            number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"
+            r"|[0-9]+\s?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}|[0-9]+\s[0-9]+/0*[1-9][0-9]*(?![\d.])"  # 3 1/2
+            rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{'|'.join(_TIMES)})(?!\w))?",
+            words=_IN_WORDS,
+            percent=r"\\?%|per\s?cent(?!\w)",
+            equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)(?!\s(?:about|approximately|roughly)\s)",
+            near=r"\\(?:approx|simeq)(?![a-z])|(?:is\s)?(?:about|approximately|roughly)(?!\w)",
+            operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|(?:plus|minus|negative|times|(?:divided|multiplied)\sby|per)(?!\w)"
+            r"|(?<=[\d\s)])x(?=\s?\\?\$?\d)",
+            factorial=r"(?<=[\d)}])!(?=\s?[-+*/=)}\\!(]|\Z)",
+            open=r"[({]",
+            close=r"[)}]",
+            function=r"\\(?:frac|binom|Gamma)(?![A-Za-z])",
+            word=r"[^\W\d_]{2,}|(?<=\d )[mgshL](?![\w(^])",
+            other=r"\\[A-Za-z]+|.",
+        ).items()
+    ),
+    re.I | re.S,
+)
+_KIND = dict(stop=";", number="n", words="n", percent="%", equals="=", near="~", factorial="!", open="(", close=")")
+_KIND |= dict(function="f", word="w", other="?")  # an operator's kind is its sign
+_OPERATORS = {"plus": "+", "minus": "-", "times": "*", "multiplied by": "*", r"\times": "*", r"\cdot": "*", "x": "*"}
+_OPERATORS |= {"divided by": "/", r"\div": "/", "per": "/", "negative": "-"}
+_BITS, _NESTED = 100_000, 10  # longest number that is worked out; deepest brackets that are read
+
+
+class Token(typing.NamedTuple):
+    kind: str  # of _KIND, or + - * / ^
+    text: str
+    start: int  # characters from the beginning of the text
+    end: int
+    value: int | Fraction | None  # of a number, in digits or in words
+
+
+def _number(text: str) -> int | Fraction | None:
+    """7, 1,234.5, 1.5e3, 3 1/2, 0.\\overline{3}, 2.5 million, thirty-five; nothing for digits without end."""
+    if text.isdigit() and len(text) <= 80:
+        return int(text)  # equal to the Fraction, and much faster
+    if len(text) > 80:
+        return None
+    digits, _, times = text.lower().partition(" ")
+    if times in _TIMES and digits[-1].isdigit():
+        return Fraction(digits.replace(",", "")) * _TIMES[times]
+    if found := re.fullmatch(r"(\d*)\.(\d*?)(?:\\overline\{(\d+)\}|(\d+?)\4+\.\.\.)", text):
+        whole, first, block = found[1] or "0", found[2], found[3] or found[4]
+        ninths = Fraction(int(block), 10 ** len(block) - 1)  # 0.333... is 3/9
+        return (int(whole + first) + ninths) / 10 ** len(first)
+    if mixed := re.fullmatch(r"(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(\d+)/(\d+)", text):
+        whole, above, below = (int(part) for part in mixed.groups() if part)
+        return whole + Fraction(above, below)
+    if re.search(r"\d", text):
+        return Fraction(text.replace(",", ""))
+    total = part = 0
+    for word in re.findall(r"[a-z]+", text.lower()):
+        if word in ("hundred", "dozen"):
+            part *= _TIMES[word]
+        elif word in _TIMES:
+            total, part = total + part * _TIMES[word], 0
+        else:
+            part += _WORDS.get(word, 0)  # "and" adds nothing
+    return total + part
+
+
+@functools.lru_cache(64)
+def _tokens(text: str) -> tuple[Token, ...]:
+    """Numbers, signs and words of a text in one spelling; spaces and dollar signs are left out."""
+    found = []
+    for m in _TOKEN.finditer(text):
+        name, value = m.lastgroup, None
+        if name == "skip":
+            continue
+        if name in ("number", "words"):
+            value = _number(m[0])
+            name = "number" if value is not None else "other"
+        kind = _KIND.get(name) or _OPERATORS.get(" ".join(m[0].lower().split()), m[0])
+        found.append(Token(kind, m[0], m.start(), m.end(), value))
+    return tuple(found)
+
+
+# --- values ---
+
+
+def _power(base, exponent, is_sum: bool):
+    """base ** exponent, exactly; None for roots and unknowns."""
+    if exponent is None:
+        return None
+    bits = 1 if base is None else max(Fraction(base).numerator.bit_length(), Fraction(base).denominator.bit_length())
+    if abs(exponent) * bits > (100 if is_sum and base is None else _BITS if bits > 1 else 20_000):
+        raise OverflowError
+    if base is None or Fraction(exponent).denominator > 1 or (not base and exponent < 0):
+        return None
+    return Fraction(base) ** int(exponent)
+
+
+def _combinations(n, k):
+    if n is None or k is None:
+        return None
+    if n > 20_000:
+        raise OverflowError
+    whole = Fraction(n).denominator == Fraction(k).denominator == 1 and 0 <= k <= n
+    return math.comb(int(n), int(k)) if whole else None
+
+
+def _factorial(n):
+    if n is None or n < 0 or Fraction(n).denominator > 1:
+        return None
+    if n > 5_000:
+        raise OverflowError
+    return math.factorial(int(n))
+
+
+def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int | Fraction | None:
+    """The exact value of + - * / ^ ! % ( ) \\frac \\binom on numbers; None if there is anything else.
+
+    `percent` is what % multiplies by. OverflowError where a number would become longer than `_BITS`, or a sum be
+    multiplied out: nobody writes that as an answer, and whoever works it out does not come back.
+    """
+    depth = list(itertools.accumulate({"(": 1, ")": -1}.get(t.kind, 0) for t in tokens))
+    if depth and (max(depth) > _NESTED or depth[-1] or min(depth) < 0):
+        return None
+    place = 0
+
+    def kind() -> str:
+        return tokens[place].kind if place < len(tokens) else ""
+
+    def take() -> Token:
+        nonlocal place
+        place += 1
+        return tokens[place - 1]
+
+    def group():  # ( sum )
+        if kind() != "(":
+            return None
+        take()
+        value = total()
+        take()  # brackets are balanced, and a sum ends nowhere else
+        return value
+
+    def factor():  # number, group or function with what stands behind: ! % ^
+        sign = 1
+        while kind() and kind() in "+-":
+            sign = sign if take().kind == "+" else -sign
+        start, token = place, take() if kind() not in ("(", ")", "") else None
+        if token is None:
+            value = group()
+        elif token.kind == "f" and token.text == r"\frac":
+            above, below = group(), group()
+            value = Fraction(above) / below if below and above is not None else None
+        elif token.kind == "f":
+            value = _combinations(group(), group()) if "binom" in token.text else _factorial(group())
+        else:
+            value = token.value  # of anything else None
+        while kind() and kind() in "!%":
+            value = _factorial(value) if take().kind == "!" else value and value * percent
+        if kind() == "^":
+            is_sum = any(t.kind in "+-" for t in tokens[start:place])
+            take()
+            value = _power(value, factor(), is_sum)
+        return value if value is None else sign * value
+
+    def product():
+        value = factor()
+        while kind() not in ("", ")", "+", "-"):
+            operator, last = kind(), tokens[place - 1]
+            if operator in "*/":
+                take()
+            elif operator == "n" or last.end < tokens[place].start:  # 3 4 is no product, 3 (4) a remark, 3(4) is one
+                value = None
+            other = factor()
+            if value is None or other is None or (operator == "/" and not other):
+                value = None
+            else:
+                value = Fraction(value) / other if operator == "/" else value * other
+        return value
+
+    def total():
+        value = product()
+        while kind() and kind() in "+-":
+            sign = 1 if take().kind == "+" else -1
+            other = product()
+            value = value + sign * other if value is not None and other is not None else None
+        if value is not None and Fraction(value).numerator.bit_length() > _BITS:
+            raise OverflowError
+        return value
+
+    return total() if tokens else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Answers. An answer is found in the completion, both answers are read (one spelling; name and unit apart), and the
+#    first kind that knows them compares them: number, base, option, word, interval. What is left is a formula: those go
+#    to math-verify, which may hang: only ever in worker processes, which die when their time is up.
 
 SECONDS, MEMORY = 5, 4 << 30  # seconds and bytes for one comparison by math-verify
-LONGEST, BRACKETS, NESTED = 400, 40, 10  # characters, opened brackets (in all, inside each other) of an answer; what
-# has more is wrong without a look: nesting costs the parser time in powers of two
+LONGEST, BRACKETS = 400, 40  # characters, opened brackets of an answer; what has more, or deeper ones, is wrong without
+# a look: nesting costs the parser time in powers of two
 FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that outlasted their time, or in which math-verify failed
 _POOL = ThreadPoolExecutor(min(4, os.cpu_count()))  # of threads that ask the workers; starts none before it is used
 _LOCAL = threading.local()  # a thread's worker
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=(\{|$))")
+_BOX = re.compile(r"\\(?:boxed|f(?:rame)?box)\s*(?=(\{|$))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
-_NUMBER = r"[0-9]{1,3}(?:(?:,(?:\\!)?|\{,\})[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
 _TOLD = (  # where an answer is given without a box
     re.compile(r"<answer>(.{0,400}?)</answer>", re.S),
-    re.compile(r"####[ \t]*([^\n]+)\s*\Z"),
+    re.compile(r"####[ \t]*(?=\W*\d)([^\n]+)\s*(?:\Z|\n)"),
     # what follows lies in a lookahead, since one such phrase may stand inside another
-    re.compile(r"\banswer\b(?:\s+is\b|\s*[:=])(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.]|\.(?=\d)){1,400}))", re.I),
+    re.compile(
+        r"(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
+        r"(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.!]|\.(?=\d)|!(?=[\d)}])){1,400}))",
+        re.I,
+    ),
+)
+_REMARK = re.compile(  # behind an answer in a sentence: ", which ...", "because ...", "(seven)"
+    r"(?:,\s+(?!and\b|or\b)[a-z]{3,}\b|\s+(?:because|since|so|as|where|when|if|which)\b|\s+\([A-Za-z ]{3,}\)).*"
 )
 _FORMULA = re.compile(  # the last formula, with no number behind it
     r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}\Z", re.S
 )
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")  # no command, not \text{...}
-_LAST = re.compile(rf"(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}|(?:{_NUMBER})(?:/\d+)?)")
+_LAST = re.compile(
+    rf"(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}"
+    rf"|{_DIGITS}(?:/\d+|(?:\\sqrt\{{\d+\}})?(?:\s?\\pi)?))"
+)
 
 
 def boxes(text: str) -> list[tuple[int, int, str | None]]:
@@ -219,124 +495,155 @@ def extract_answer(completion: str) -> str | None:
     """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last formula if it is
     one line, the whole of a short text that is no prose, the last number; None if there is nothing of all this.
 
-    A box that is empty or never closed is no answer, and no number inside it becomes one.
+    Only what stands behind </think> counts, if there is anything. A box that is never closed is no answer, and no
+    number inside it becomes one; an empty one is, as a bare "\\boxed", a mention of boxes if a filled one stands before.
     """
-    completion = completion.replace("−", "-")
-    if found := boxes(completion):
-        return found[-1][2] or None
+    text = characters(completion)
+    text = text.rpartition("</think>")[2].strip() or text
+    if found := boxes(text):
+        filled = [content for start, _, content in found if content or (content is None and "{" in text[start:])]
+        return (filled or [None])[-1]
     for pattern in _TOLD:
-        if found := pattern.findall(completion):
-            return found[-1].strip() or None
-    if found := _FORMULA.search(completion):
+        if found := pattern.findall(text):
+            answer = found[-1].strip()
+            return _REMARK.sub("", answer) or answer or None
+    if found := _FORMULA.search(text):
         answer = found[found.lastindex].strip()
         if "\n" not in answer:  # between a dollar of money and another sign, or in a text cut off, lie whole paragraphs
             return answer or None
-    if _is_bare(completion):
-        return completion.strip() or None
-    found = _LAST.findall(completion)
+    if _is_bare(text):
+        return text.strip() or None
+    found = _LAST.findall(text)
     return found[-1] if found else None
 
 
-# --- reading an answer: the one place where spellings that mean the same become one ---
+# --- reading an answer: name = value unit ---
 
-_CHARACTERS = str.maketrans(
-    {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "∞": r"\infty "}
-    | {"π": r"\pi ", "∪": r"\cup ", "°": r"^\circ", "²": "^2", "³": "^3"}  # NFKC would make x2 of x²
+_UNITS = {  # any word may stand behind a number; these contradict each other
+    name: names.split()[0]
+    for names in (
+        "second sec s;minute min;hour hr h;day;week wk;month;year yr;cent;dollar usd buck;euro eur;millimeter mm"
+        ";centimeter cm;meter m;kilometer km;inch in;foot feet ft;yard yd;mile mi;milligram mg;gram g;kilogram kg;ton"
+        ";ounce oz;pound lb;milliliter ml;liter l;pint pt;quart qt;gallon gal;am;pm;north;south;east;west;percent"
+        ";fahrenheit;celsius;kelvin;radian rad;degree deg;joule j;newton n"
+    ).split(";")
+    for name in names.split()
+}
+_NO_UNIT = frozenset(  # words that change what a number says
+    "or and is are was not no to than from plus minus negative times more less fewer greater half halves third thirds "
+    "quarter quarters tens dozen dozens score scores squared cubed mod modulo maybe perhaps between twice double if "
+    "sin cos tan log ln exp sqrt remainder".split()
+    + [f"{word}th{s}" for word in "four fif six seven eigh nin ten".split() for s in ("", "s")]
+    + [word + s for word in (*_TIMES, *_WORDS) for s in ("", "s")]
 )
-_COMMANDS = dict(dfrac=r"\frac", tfrac=r"\frac", cfrac=r"\frac", varnothing=r"\emptyset", langle="(", rangle=")")
-_COMMANDS |= dict(left="", right="", displaystyle="")
-_LATEX = (
-    (r",\\[ ;:,]", ", "),
-    (r"\\([A-Za-z]+)", lambda command: _COMMANDS.get(command[1], command[0])),
-    (r"(?<!\\)\\(?:!\s*|[()\[\],;: ])|\*\*|\\?\$|\^\{?\\circ\}?", ""),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+_LABEL = re.compile(
+    r"(?:(?<=[\d})])|(?<=\\pi)|(?<=\\pi\s))\s*"
+    r"(?P<label>(?:/\s*)?[^\W\d_](?:[^\d\\={}()\[\],<>^_+*!]|\^\s?\{?-?\d\}?|[_,](?=\d\d\d))*|\([A-Za-z ]{3,}\))\s*$"
 )
-_WORDING = (
-    (r"\s*,?\s+(?:and|or)\s+", ", "),
-    (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
-    (r"(?<![\\A-Za-z])sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"^(?:\\approx|[\s+])+|(?:\\?%|[.\s])+$", ""),
-    (r"(?<=\d)\s?:\s?(?=\d)", ":"),
-    (r"^\(([A-Za-z])\)$", r"\1"),
-)
-_TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it)|mbox|rm)\s?\{"
-_WRAPPED = re.compile(_TEXT + r"([^{}]*)\}")
-_APART = (r"[ap]\.?m\b", "cent|dollar", "second|minute|hour|day|week|month|year", "north|south|east|west")
-_QUANTITY = (  # words that change a number's value, so they are no unit
-    r"(?!(?:hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?|tens|dozens?|scores?|hundreds?"
-    r"|thousands?|[a-z]+illions?|squared|cubed|or|is)\b)"
-)
-_BEHIND, _SQUARED = r"(?:(?<=[\d})])|(?<=\\pi))\s*", r"(?:\^\{?\d\}?)?\.?\s*$"  # 17 ..., 12\pi ...; cm^2
-_UNITS = [  # in \text{...} any words without a number; elsewhere plurals and known ones: single letters are variables
-    re.compile(rf"{_BEHIND}{_TEXT}~?\s*+{_QUANTITY}[^{{}}\d]{{2,}}\}}{_SQUARED}"),
-    re.compile(
-        rf"{_BEHIND}(?:{_QUANTITY}[a-z]{{2,}}s|{'|'.join(_APART)}|(?:square|cubic) [a-z]+|[cmk]m|[km]g|feet|people"
-        rf"|percent)(?:\s?(?:/|per)\s?[a-z]+)?{_SQUARED}"
-    ),
+_FRONT = re.compile(r"^\s*(?:(\\\$|US\$|USD)|([€£¥]|Rs\.?|EUR))\s*(?=[\d.])")
+_MODULO = re.compile(r"\s*\(?\s*\\?p?mod(?:ulo)?\s*[{(]?\s*(\w+)\s*[)}]?\s*\)?$")
+_WORDING = [
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
+        (r"\s*,?\s+(?:and|or)\s+", ", "),
+        (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
+        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
+        (r"\+\s*-", "-"),
+        (r"\+\s*\(\s*-([\d.]+)\s*\)", r"-\1"),
+        (r"^(?:\\approx|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
+        (r"(?<=\d)\s?:\s?(?=\d)", ":"),
+        (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2] or ""),
+    )
 ]
+_INSIDE = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{?-1\}?|(?<=[\w}])\([\w, ]*\)$")  # of a name: m_{\max}, f^{-1}, f(2)
+_NO_NAME = re.compile(r"[\d^!<>]|\\(?:sqrt|log|ln|infty|pi|cup|mathbb|[lg]e)(?![a-z])")
+_EQUALS = re.compile(r"=|\\equiv(?![a-z])|\\in(?![a-z])")
 
 
 class Answer(typing.NamedTuple):
-    text: str  # in one spelling, without its unit
-    unit: str  # what stood behind a number, as it was written; "" for none
+    text: str  # in one spelling, without name and unit
+    value: int | Fraction | None  # exactly, of a number
+    unit: str  # what stood behind a number, or the money in front of it; "" for none
+    name: str  # x of x = 5
+    whole: str  # with the name
+
+
+def _pieces(text: str) -> list[str]:
+    """A list's items: what stands between commas outside of brackets; \\pm makes two of one."""
+    pieces, depth = [""], 0
+    for sign in re.findall(r"\\?.", text, re.S):
+        depth += (sign in ("(", "[", "{", r"\{")) - (sign in (")", "]", "}", r"\}"))
+        if sign in (",", ";") and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += sign
+    pairs = [(p.replace(r"\pm", "+"), p.replace(r"\pm", "-")) if p.count(r"\pm") == 1 else (p,) for p in pieces]
+    return [
+        re.sub(r"^([\s(]*(?:\w+\s*=)?\s*)\+\s*", r"\1", p.replace(",+", ",")).strip() for pair in pairs for p in pair
+    ]
+
+
+def _unit_names(unit: str) -> set[str]:
+    """The known units in what stood behind a number."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"\b([ap])\.\s?m\b", r"\1m", unit.lower().replace("metre", "meter")))
+    names = (_UNITS.get(w) or _UNITS.get(w.removesuffix("s")) or _UNITS.get(w.removesuffix("es")) for w in words)
+    return {name for name in names if name}
+
+
+def _is_unit(label: str) -> bool:
+    """Whether words behind a number only say of what: eggs left over, km/h, square units, 元; not "or 6", "squared"."""
+    words = re.findall(r"[^\W\d_]+", label.replace("p.m", "pm").replace("a.m", "am"))
+    for word in words:
+        if word.lower() in _NO_UNIT or re.match("[\u0370-\u03ff]", word):
+            return False
+        known = word.lower() in _UNITS and (len(word) > 1 or "/" in label)
+        if len(word) < 3 and word.isascii() and not known and word not in ("of", "an", "at", "sq", "a"):
+            return False
+    return bool(words)
 
 
 @functools.lru_cache(4096)  # rollouts share their gold answers
 def _read(answer: str) -> Answer:
-    """An answer in one spelling; what is too long for one stays as it is."""
-    if len(answer) > LONGEST:
-        return Answer(answer, "")
-    text, unit = answer.strip(), ""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
-    for pattern, by in _LATEX:
-        text = re.sub(pattern, by, text)
-    for pattern in _UNITS:
-        if found := pattern.search(text):
-            text, unit = text[: found.start()], found[0]
-        text = _WRAPPED.sub(r"\1", text)
+    """An answer in one spelling, its name and unit apart; what is too long for one stays as it is."""
+    if len(answer) > LONGEST or (answer.isascii() and answer.isdigit()):
+        return Answer(answer, _value(answer), "", "", answer)
+    text, unit = spelled(answer), ""
+    if text.count("$") - text.count(r"\$") == 1:
+        text = text.replace("$", r"\$", 1)
+    if front := _FRONT.search(text):
+        text, unit = text[front.end() :], "dollar" if front[1] else front[2]
+    text = re.sub(r"\\?\$", "", text)
     for pattern, by in _WORDING:
-        text = re.sub(pattern, by, text)
-    return Answer(text.strip(), unit)
-
-
-# --- comparing: each kind says True or False, or None where it does not know both answers ---
-
-_VALUE = re.compile(  # 7, -1,234.50, 3/4, 1 3/4, 1\frac{3}{4}, \frac{-3}{4}, 1.5e3, 1.5\times 10^{3}
-    rf"(?P<sign>[+-]?)\s?(?:(?P<whole>\d+)(?:\s|(?=\\)))?(?:(?P<number>{_NUMBER})(?:/(?P<under>\d+))?"
-    r"|\\frac\s?\{(?P<above>-?\d+)\}\s?\{(?P<below>\d+)\})"
-    r"(?:(?:[eE]|\s*\\(?:times|cdot)\s*10\^)\{?(?P<power>[+-]?\d{1,3})\}?)?"
-)
-_RELATION = re.compile(r"\s*(<|>|\\[lg]eq?(?![a-z]))\s*")
-_NAME = re.compile(  # in front of a value: x =, f(2) =, \angle ABC =, x \in
-    r"(^|,\s*)(?:[A-Za-z](?:_\{?\w+\}?|\w)?(?:\([\w, ]*\))?|m?\s*\\angle\s*[A-Z]+)\s*(?:=|\\in\b)\s*"
-)
-_OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
-    r"\W*(?:[Oo]ption\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
-)
-_COSTLY = re.compile(  # nobody writes it as an answer, and it would be worked out
-    r"\d{4,}\s*[})]*!|!\s*[)}]+\s*!|\^\s*\{[^{}]*!"  # 99999999!, ((99!)!), 9^{999!}
-    r"|\^\s*\{?\s*[-+]?\d{5,}|\^\s*\{[^{}]*\d\d\s*\\(?:times|cdot)\s*\d\d|[)}]\s*\^\s*\{?\s*\d{4,}"  # 9^{99999}
-    r"|\^[\s{(]*\d+\s*\^[\s{(]*(?:[5-9]|\d\d)|\^[\s{(]*[^{}()]{0,9}?\d\s*\^[\s{(]*[^{}()]{0,9}?\d\s*\^"  # 9^{9^{9}}
-    r"|\\[dt]?binom\s*\{?\s*\d{5,}|binom\s*\{[^{}]*\^|\^\S*\s*\\choose"
-)
-
-
-def _value(text: str) -> Fraction | None:
-    """The exact value of a plain number, in any spelling of _VALUE."""
-    if len(text) > LONGEST or not (match := _VALUE.fullmatch(text)):
-        return None
-    part = match.groupdict()
-    above, below = part["number"] or part["above"], int(part["under"] or part["below"] or 1)
-    if not below or (part["whole"] and below == 1):  # 1/0; "1 3" is two numbers
-        return None
-    value = Fraction(re.sub(r"[^0-9.-]", "", above)) / below + int(part["whole"] or 0)
-    return value * Fraction(10) ** int(part["power"] or 0) * (-1 if part["sign"] == "-" else 1)
-
-
-def _unnamed(text: str) -> str:
-    """The value alone: of x = 5, of 5 = x, of x \\in (0, 1)."""
-    return re.sub(r"^([^=]+?)\s*=\s*[A-Za-z]$", r"\1", _NAME.sub(r"\1", text))
+        text = pattern.sub(by, text)
+    if found := _MODULO.search(text):
+        text, unit = text[: found.start()], f"modulo {found[1]}"
+    while found := re.search(r"\s*\\?%\.?$", text):
+        text, unit = text[: found.start()], "percent"
+    if (found := _LABEL.search(text)) and _is_unit(found["label"]):
+        if found.start() and (
+            text[found.start()].isspace() or not text[found.start()].isascii() or _unit_names(found[0])
+        ):
+            text, unit = text[: found.start()], f"{unit} {found['label']}".strip()
+    if not re.search(r"[(\[]|\\\{", text):
+        text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    whole, names, values = ", ".join(_pieces(text)), [], []
+    for piece in _pieces(text):
+        sides = [side.strip() for side in _EQUALS.split(re.sub(r"\\approx.*", "", piece))]
+        bare = [_INSIDE.sub("", side) for side in sides]
+        named = [bool(re.search("[A-Za-z]", side)) and not _NO_NAME.search(side) for side in bare]
+        rest = [side for side, name in zip(sides, named) if not name] if len(sides) > 1 else sides
+        rest = rest or sides[-1:]
+        names += [side for side, name in zip(sides, named) if name] if len(sides) > 1 else []
+        unknown = any(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", side)) for side in rest)
+        if len(rest) > 1 and (unknown or len({_value(side) for side in rest} - {None}) > 1):  # an equation, or 5 = 6
+            names, values = [], [whole]
+            break
+        values.append(rest[-1])
+    text = ", ".join(values)
+    if (found := _LABEL.search(text)) and not unit and _is_unit(found["label"]) and text[found.start()].isspace():
+        text, unit = text[: found.start()], found["label"]
+    return Answer(text, _value(text), unit, ", ".join(dict.fromkeys(names)), whole)
 
 
 def normal_form(answer: str) -> str:
@@ -345,41 +652,75 @@ def normal_form(answer: str) -> str:
     Names in front and units behind are left out. Equal keys are equal answers, but not the other way round: that x+1
     is 1+x only `verify` finds out.
     """
-    text = _unnamed(_read(answer).text)
-    value = _value(text)
-    return text if value is None else str(value)
+    read = _read(answer)
+    return read.text if read.value is None else str(read.value)
 
 
-def _rounds(decimal: str, fraction: Fraction) -> bool:
-    """Whether a decimal of six places or more is what a fraction without end, cut or rounded, looks like: 0.083333."""
-    places = len(decimal.partition(".")[2])
-    if places < 6 or not 10**LONGEST % fraction.denominator:
-        return False
-    cut = (abs(fraction) - abs(_value(decimal))) * 10**places  # what is missing, in units of the last place
-    return decimal.startswith("-") == (fraction < 0) and (0 <= cut < 1 or abs(2 * cut) <= 1)
+# --- comparing: each kind says True or False, or None where it does not know both answers ---
+
+_BASE = re.compile(r"([0-9][0-9A-Fa-f]*)\s?_\s?\{?\s*(\w+)\s*\}?")
+_RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
+_OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
+    r"\W*(?:[Oo]ption\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
+)
 
 
-def _numbers_equal(answer: str, gold: str) -> bool | None:
-    """Exactly: there is no tolerance, but for a fraction that a decimal cannot hold."""
-    left, right = _value(answer), _value(gold)
-    if left is None or right is None:
+@functools.lru_cache(4096)
+def _value(text: str) -> int | Fraction | None:
+    """The exact value of an answer that is arithmetic on plain numbers."""
+    if text.isascii() and text.isdigit() and len(text) <= 80:
+        return int(text)
+    if len(text) > LONGEST:
         return None
-    return left == right or _rounds(answer, right) or _rounds(gold, left)
+    try:
+        return evaluate(_tokens(text))
+    except OverflowError:
+        return None
 
 
-def _options_equal(answer: str, gold: str) -> bool | None:
-    option = re.fullmatch("[A-J]", gold) and _OPTION.match(answer)
-    return option[1].upper() == gold if option else None
+def _numbers_equal(answer: Answer, gold: Answer) -> bool | None:
+    """Exactly: there is no tolerance, but for a fraction that a decimal of six places or more cuts or rounds."""
+    if answer.value is None or gold.value is None:
+        return None
+    for decimal, fraction in ((answer, gold.value), (gold, answer.value)):
+        places = len(decimal.text.partition(".")[2])
+        if places >= 6 and decimal.text[-1].isdigit() and 10**LONGEST % Fraction(fraction).denominator:
+            cut = (abs(fraction) - abs(decimal.value)) * 10**places  # what is missing, in units of the last place
+            if (decimal.value < 0) == (fraction < 0) and (0 <= cut < 1 or abs(2 * cut) <= 1):
+                return True
+    return answer.value == gold.value
 
 
-def _words_equal(answer: str, gold: str) -> bool | None:
+def _bases_equal(answer: Answer, gold: Answer) -> bool | None:
+    """52_8 is neither 52 nor 52_9 (nor 42: it is not known which base was asked for)."""
+    sides = [_BASE.fullmatch(side.text) for side in (answer, gold)]
+    if not any(sides) or (not all(sides) and re.search("[A-Za-z]", (answer if sides[1] else gold).text)):
+        return None
+    return all(sides) and sides[0][1] == sides[1][1] and _value(sides[0][2]) == _value(sides[1][2])
+
+
+def _options_equal(answer: Answer, gold: Answer) -> bool | None:
+    option = re.fullmatch("[A-J]", gold.text) and _OPTION.match(answer.whole)
+    return option[1].upper() == gold.text if option else None
+
+
+def _words_equal(answer: Answer, gold: Answer) -> bool | None:
     """Words, times and ratios are equal or not: math-verify would multiply the letters."""
-    words = re.fullmatch(r"(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z' -]+|\d+(?::\d+)+", gold)
-    return answer.lower() == gold.lower() if words else None
+    words = re.fullmatch(r"(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z' -]+|\d+(?::\d+)+", gold.text)
+    return " ".join(answer.text.lower().split()) == " ".join(gold.text.lower().split()) if words else None
 
 
 def _interval(text: str) -> str:
-    """Values of x as an interval: x > 3 is (3, \\infty), 1 < x \\le 2 is (1, 2]; other texts stay as they are."""
+    """Values of x as intervals: x > 3 is (3, \\infty), 1 < x \\le 2 is (1, 2], \\mathbb{R}\\setminus\\{2\\} is
+    (-\\infty, 2)\\cup(2, \\infty); "or" is a union; other texts stay as they are."""
+    if (pieces := _pieces(text)) and len(pieces) > 1:
+        found = [_interval(piece) for piece in pieces]
+        return r"\cup".join(found) if not set(found) & set(pieces) else text
+    if points := re.fullmatch(
+        r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)", text
+    ):
+        ends = sorted(_pieces(points[1] or points[2]), key=lambda point: _value(point) or 0)
+        return r"\cup".join(f"({a}, {b})" for a, b in itertools.pairwise([r"-\infty", *ends, r"\infty"]))
     parts = _RELATION.split(text)  # value, sign, value, ...
     greater = {sign.startswith((">", "\\g")) for sign in parts[1::2]}
     if greater == {True}:  # read it from the other side
@@ -393,27 +734,27 @@ def _interval(text: str) -> str:
     return f"{low}, {high}"
 
 
-def _intervals_equal(answer: str, gold: str) -> bool | tuple[str, str] | None:
-    """Where one side is an interval and the other an inequality; two of a kind are formulas."""
-    if bool(_RELATION.search(answer)) == bool(_RELATION.search(gold)):
-        return None
-    return _formulas_equal(_interval(answer), _interval(gold))
+def _intervals_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
+    """Where a side is an inequality or leaves points out; two intervals are formulas."""
+    sides = [_interval(side.text) for side in (answer, gold)]
+    return None if sides == [answer.text, gold.text] else _formulas_equal(*(Answer(s, None, "", "", s) for s in sides))
 
 
-def _formulas_equal(answer: str, gold: str) -> bool | tuple[str, str]:
+def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     """What is left for math-verify, unless it would cost too much or only one side has letters (not \\pi, e or i)."""
-    letters = [bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", side))) for side in (answer, gold)]
-    return False if _COSTLY.search(f"{answer} {gold}") or letters == [True, False] else (answer, gold)
+    equations = "=" in gold.text or ("=" in answer.text and bool(gold.name))
+    differ = len(answer.name) == len(gold.name) == 1 and answer.name != gold.name  # the lines x = 3 and y = 3
+    sides = [side.whole if equations or differ else side.text for side in (answer, gold)]
+    letters = [bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", side))) for side in sides]
+    try:
+        for side in sides:
+            evaluate(_tokens(side))
+    except OverflowError:
+        return False
+    return False if letters == [True, False] else tuple(sides)
 
 
-_KINDS = (_numbers_equal, _options_equal, _words_equal, _intervals_equal, _formulas_equal)
-
-
-def _units_differ(one: str, other: str) -> bool:
-    """10 cents and 10 dollars, a.m. and p.m.; a unit of another sort, or none, is no contradiction."""
-    sides = [unit.lower().replace(".", "") for unit in (one, other)]
-    named = [[set(re.findall(rf"\b(?:{words})", side)) for side in sides] for words in _APART]
-    return any(a and b and not a & b for a, b in named)
+_KINDS = (_numbers_equal, _bases_equal, _options_equal, _words_equal, _intervals_equal, _formulas_equal)
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
@@ -422,17 +763,16 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     if answer is None or len(answer) > LONGEST:
         return False
     brackets = [1 if bracket in "[({" else -1 for bracket in re.findall(r"[][(){}]", answer)]
-    if brackets.count(1) > BRACKETS or max(itertools.accumulate(brackets), default=0) > NESTED:
+    if brackets.count(1) > BRACKETS or max(itertools.accumulate(brackets), default=0) > _NESTED:
         return False
     found = boxes(gold)
-    (answer, unit), (gold, gold_unit) = _read(answer), _read((found[-1][2] or "") if found else gold)
-    if not gold or _units_differ(unit, gold_unit):
+    answer, gold = _read(answer), _read((found[-1][2] or "") if found else gold)
+    units = [_unit_names(side.unit) for side in (answer, gold)]
+    if not gold.text or (all(units) and not units[0] & units[1]):  # 10 cents and 10 dollars, a.m. and p.m.
         return False
-    if not re.search(r"=|\\in\b", gold):
-        answer = _unnamed(answer)
-    if re.match(r"[-\d.]+$|\\frac", gold):
-        answer = re.sub(r"^\([A-J]\)\s*(?=\S)", "", answer)  # (B) 12
-    if answer == gold:
+    if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
+        answer = _read(answer.whole[option.end() :])  # (B) 12
+    if answer.text == gold.text and not (len(answer.name) == len(gold.name) == 1 and answer.name != gold.name):
         return True
     return next(verdict for kind in _KINDS if (verdict := kind(answer, gold)) is not None)
 
@@ -458,15 +798,26 @@ def _serve() -> None:
 
 
 def _compare(answer: str, gold: str) -> bool | None:
-    """math-verify on the two answers alone, in a worker; None if it fails. Its own time-outs need SIGALRM: off."""
+    """math-verify on the two answers alone, in a worker; None if it fails. Its own time-outs need SIGALRM: off.
+
+    Two constants are compared here, to 50 digits: math-verify takes e^{-50} and e^{-51} for equal.
+    """
     from math_verify import LatexExtractionConfig, parse, verify
+    from sympy import Expr, Rational, nsimplify
 
     try:
         sides = [
             parse(f"${side}$", [LatexExtractionConfig()], "no_fallback", "first_match", None, raise_on_error=True)
             for side in (gold, answer)
         ]
-        return bool(all(sides) and verify(*sides, timeout_seconds=None, raise_on_error=True))
+        if not all(sides):
+            return False
+        one, other = (side[0] for side in sides)
+        if all(isinstance(side, Expr) and side.is_number and side.is_finite for side in (one, other)):
+            one, other = (nsimplify(side, rational=True) for side in (one, other))
+            gap, size = (abs(number.evalf(80)) for number in (one - other, one))
+            return bool(gap <= size * Rational(1, 10**50))
+        return bool(verify(*sides, timeout_seconds=None, raise_on_error=True))
     except Exception:  # sympy and the parser raise nearly every class there is; the failure is counted
         return None
 
@@ -518,132 +869,75 @@ def verify(completion: str, gold: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Cheats. What a rewrite can do to look good without being good, one named term each.
+# 5. Cheats. What a rewrite can do to look good without being good, one named term each.
 
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
 SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
-_MOST = 1000  # tokens of a side, results of a text: more are not looked at, since that would take more than linear time
+_MOST = 1000  # results of a text that are compared: more would take more than linear time
+_LONG = 200  # tokens of a side of an equation
 
-_SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-_SMALL += ["seventeen", "eighteen", "nineteen"]
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
-_BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})[-\s](?:{'|'.join(_SMALL[1:10])})(?!\w)|(?:{'|'.join(_WORDS)})(?!\w))"
-_IN_WORDS = rf"{_BELOW_100}(?:\s(?:hundred|thousand)(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
-_OPERATORS = {"plus": "+", "minus": "-", "−": "-", "–": "-", "times": "*", "multiplied by": "*", "\\times": "*"}
-_OPERATORS |= {"×": "*", "\\cdot": "*", "·": "*", "x": "*", "divided by": "/", "÷": "/", "\\div": "/"}
-_TOKEN = re.compile(
-    "|".join(
-        rf"(?P<{name}>{pattern})"
-        for name, pattern in dict(
-            skip=r"[^\S\n]+|\*\*|\\?\$|&|\\[(),;:!\[\]]|\\boxed\{",  # spaces, dollars, mathematical delimiters
-            stop=r"\n|\\\\|[;?!]|[.:](?![0-9])|,(?![0-9]{3})|\\(?:implies|Rightarrow|q?quad)(?![a-z])|[⇒→]|=>",
-            number=rf"\(-(?:{_NUMBER})\)|{_NUMBER}|\\[dt]?frac\{{-?[0-9]+\}}\{{0*[1-9][0-9]*\}}",
-            words=_IN_WORDS,
-            operator=r"\\times|\\cdot|\\div|[-+*/×·÷−–]|(?:plus|minus|times|(?:divided|multiplied)\sby)(?!\w)"
-            r"|(?<=[\d\s])x(?=\s?\$?\d)",
-            equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)",
-            word=r"[^\W\d_]{2,}",
-            other=r"\\[a-z]+|.",
-        ).items()
-    ),
-    re.I | re.S,
-)
 _ANNOTATION = re.compile("<<([^<>]*)>>")  # GSM8K's 48/2 = <<48/2=24>>24
-_KIND = dict(stop=";", number="n", words="n", equals="=", word="w", other="?")  # an operator's kind is its sign
 _NOT_BEFORE = frozenset("of half twice double third quarter sin cos tan log ln sqrt percent".split())
-_NOT_AFTER = frozenset("more less fewer greater percent hundred thousand million billion dozen half mod modulo".split())
-
-
-class Token(typing.NamedTuple):
-    kind: str  # of _KIND, or + - * /
-    text: str
-    start: int  # characters from the beginning of the text
-    end: int
-    value: int | Fraction | None  # of a number, in digits or in words
+_NOT_AFTER = frozenset("more less fewer greater percent dozen half mod modulo".split()) | set(_TIMES)
 
 
 class Statement(typing.NamedTuple):
     left: int | Fraction
     right: int | Fraction
-    position: int  # where the left side begins, in characters
+    position: int  # where the left side begins, in characters of the text in one spelling
     holds: bool
     equals: int  # where the right side begins
     end: int
 
 
-def _number(text: str) -> int | Fraction | None:
-    """7, 1,234.5, (-3), \\frac{3}{4}, thirty-five; nothing for digits without end."""
-    if len(text) > 80:
-        return None
-    if text.isdigit():
-        return int(text)  # equal to the Fraction, and much faster
-    if re.search(r"\d", text):
-        return Fraction(re.sub(r"[^0-9./-]", "", text.replace("}{", "/")))
-    total = part = 0
-    for word in re.findall(r"[a-z]+", text.lower()):
-        if word == "hundred":
-            part *= 100
-        elif word == "thousand":
-            total, part = part * 1000, 0
-        else:
-            part += _WORDS.get(word, 0)  # "and" adds nothing
-    return total + part
+def _values(side: list[Token]) -> list[int | Fraction]:
+    """What a side of an equation may be worth: 20% is 20 or 0.2. Nothing if it is no arithmetic."""
+    if len(side) > _LONG:
+        return []
+    try:
+        values = [evaluate(side, percent) for percent in (1, Fraction(1, 100))]
+    except OverflowError:
+        return []
+    return [value for value in dict.fromkeys(values) if value is not None]
 
 
-@functools.lru_cache(64)
-def _tokens(text: str) -> tuple[Token, ...]:
-    """Numbers, operators, equality signs and words, in digits or in words; spaces and dollar signs are left out."""
-    found = []
-    for m in _TOKEN.finditer(text):
-        name, value = m.lastgroup, None
-        if name in ("number", "words"):
-            value = _number(m[0])
-            name = "number" if value is not None else "other"
-        kind = _KIND.get(name) or _OPERATORS.get(" ".join(m[0].lower().split()), m[0])
-        if name != "skip":
-            found.append(Token(kind, m[0], m.start(), m.end(), value))
-    return tuple(found)
+def _holds(left, right, side: list[Token], divides: bool, near: bool) -> bool:
+    """Whether left = right, as the right side is written: rounded to its places, a quotient also cut (17/3 = 5 and a
+    remainder), behind a sign for "nearly" within 5%."""
+    literal = not any(t.kind in "/f" or t.value is None or "/" in t.text or "frac" in t.text for t in side[-1:])
+    places = 10 ** len(re.sub(r"\D*$", "", side[-1].text).partition(".")[2])  # 3.33 -> 100
+    rounded = literal and right * places == math.floor(left * places + Fraction(1, 2))
+    cut = divides and right == math.floor(left)
+    return left == right or rounded or cut or (near and abs(left - right) <= abs(left) * Fraction(1, 20))
 
 
-def _evaluate(side: list[Token]) -> int | Fraction | None:
-    """number (operator number)*, products first, exactly; a number may have a minus. None: not of this form."""
-    if len(side) > _MOST or not re.fullmatch("-?n(?:[-+*/]-?n)*", "".join(t.kind for t in side)):
-        return None
-    terms, operator, sign, after_number = [0], "+", 1, False
-    for token in side:
-        if token.kind != "n":
-            operator, sign = (token.kind, 1) if after_number else (operator, -1)
-        elif operator in "+-":
-            terms.append(token.value * sign * (1 if operator == "+" else -1))
-        elif operator == "*":
-            terms[-1] *= token.value * sign
-        elif token.value:
-            terms[-1] = Fraction(terms[-1]) / (token.value * sign)
-        else:
-            return None
-        after_number = token.kind == "n"
-    return sum(terms)
-
-
-def _chain(sides: list[list[Token]]) -> list[Statement]:
-    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label).
-
-    A quotient or decimals may be rounded as the right side is written, a quotient also down: 10/3=3.33, 17/3=6 or 5.
-    """
-    found, left, start, divides = [], None, 0, False
-    for side in sides:
-        if (value := _evaluate(side)) is None:
+def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
+    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label)."""
+    found, left, first, divides = [], [], [], False
+    for side, nearly in zip(sides, [False, *near]):
+        if not (values := _values(side)):
             continue
-        if left is not None:
-            places = 10 ** len(side[-1].text.partition(".")[2])  # 3.33 -> 100
-            rounded = value * places == math.floor(left * places + Fraction(1, 2))
-            holds = value == left or rounded or (divides and value == math.floor(left))
-            found.append(Statement(left, value, start, holds, side[0].start, side[-1].end))
-        elif len(side) > 2 or side[0].text[0] == "\\":  # has an operator that is no sign, or is a fraction
-            left, start = value, side[0].start
+        if left:
+            pairs = [(a, b) for a in left for b in values]
+            held = [pair for pair in pairs if _holds(*pair, side, divides, nearly)]
+            found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
+        elif len(side) > 2 or "frac" in side[0].text:  # has an operator that is no sign, or is a fraction
+            left, first = values, side
             divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
+
+
+def _within(side: list[Token], opening: str, closing: str) -> list[Token]:
+    """The side up to the first bracket that has no partner in it."""
+    opened = []
+    for i, token in enumerate(side):
+        if token.kind == opening:
+            opened.append(i)
+        elif token.kind == closing and not opened:
+            return side[:i]
+        elif token.kind == closing:
+            opened.pop()
+    return side[: opened[0]] if opened else side
 
 
 def _alone(side: list[Token], beside: Token, left: bool) -> bool:
@@ -653,30 +947,57 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
         return False
     touches = beside.end == side[0].start if left else beside.start == side[-1].end
-    return not touches and (beside.kind == "w" or beside.text in "()<>")
+    return not touches and (beside.kind == "w" or beside.text in "(){}<>")
+
+
+def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
+    """3 boxes * 8 pens = ..., $2/egg, 60 miles per hour: the numbers and signs alone. "20% of" and "2/3 of" are times."""
+    units = "".join("?" if t.kind == "w" and t.text.lower() in _NO_UNIT | {"of"} else t.kind for t in tokens)
+    left_out = set()
+    for found in re.finditer(r"(?<!=n)(?<=[n)%])(?:w{1,3}(?:/w{1,2})?|/w{1,2})(?=[-+*/=~)])", units):
+        left_out.update(range(*found.span()))
+    kept = []
+    for i, token in enumerate(tokens):
+        share = kept and token.text == "of" and (kept[-1].kind == "%" or [t.kind for t in kept[-3:]] == ["n", "/", "n"])
+        if i not in left_out:
+            kept.append(token._replace(kind="*") if share else token)
+    return kept
 
 
 def _scan(text: str) -> list[Statement]:
     """Statements among runs of numbers, operators and equality signs."""
     edge = Token(";", "", 0, 0, None)
-    found, tokens = [], [edge, *_tokens(text), edge]
-    for run in re.finditer("[-n+*/=]+", "".join(t.kind for t in tokens)):
-        i, j = run.span()
-        signs = [k for k in range(i, j) if tokens[k].kind == "="]
+    found, tokens = [], [edge, *_without_units(_tokens(text)), edge, edge]
+    for run in re.finditer("[-n+*/^!%()f=~]+", "".join(t.kind for t in tokens)):
+        signs = [k for k in range(*run.span()) if tokens[k].kind in "=~"]
         if not signs:
             continue
-        sides = [tokens[a + 1 : b] for a, b in itertools.pairwise([i - 1, *signs, j])]
-        if len(sides[0]) > 1 and sides[0][0].kind != "n":
+        sides = [tokens[a + 1 : b] for a, b in itertools.pairwise([run.start() - 1, *signs, run.end()])]
+        first = _within(sides[0][::-1], ")", "(")[::-1]
+        last = _within(sides[-1], "(", ")")
+        while last and last[-1].kind == "!":  # "= 42!" at the end of a sentence
+            last = last[:-1]
+        before, behind = tokens[signs[0] - len(first) - 1], tokens[signs[-1] + len(last) + 1 :]
+        if len(first) > 1 and first[0].kind in "-+*/^!%":
             # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
-            item = sides[0][0].end < sides[0][1].start
-            sides[0] = sides[0][item:] if tokens[i - 1].kind == ";" else []
-        first, last = sides[0], sides[-1]
-        share = tokens[signs[0]].text != "=" and len(first) == 3 and first[1].text == "/"  # "2/5 is equal to 12 eggs"
-        if first and (share or not _alone(first, tokens[i - 1], left=True)):
-            sides[0] = []
-        if last and not _alone(last, tokens[j], left=False):
-            sides[-1] = []
-        found += _chain(sides)
+            item = first[0].end < first[1].start
+            first = first[item:] if before.kind == ";" and first[0].kind in "-*" else []
+        kinds = "".join(t.kind for t in first)
+        tight = kinds.startswith("n-n") and first[0].end == first[1].start
+        label = (
+            kinds == "n-n" and tight and before.kind == "w" and first[0].value < first[2].value
+        )  # days 1-3 = 6 sweets
+        share = tokens[signs[0]].text != "=" and kinds == "n/n"  # "2/5 is equal to 12 eggs"
+        if first and (share or label or not _alone(first, before, left=True)):
+            first = []
+        remark = behind[0].kind == "(" and "mod" in behind[1].text
+        if last and (remark or not _alone(last, behind[0], left=False)):
+            last = []
+        sides, near = [first, *sides[1:-1], last], [tokens[k].kind == "~" for k in signs]
+        statements = _chain(sides, near)
+        if kinds.startswith("n-n") and not tight and before.kind == "w" and not all(s.holds for s in statements):
+            statements = _chain([first[2:], *sides[1:]], near)  # "Step 1 - 3+4 = 7"
+        found += statements
     return found
 
 
@@ -687,11 +1008,13 @@ def _unannotated(text: str) -> str:
 
 @functools.lru_cache(64)
 def statements(text: str) -> tuple[Statement, ...]:
-    """Arithmetic statements: 15+3=18, "fifteen plus three is eighteen", "39 plus sixteen is thirty-five", <<48/2=24>>.
+    """Arithmetic statements: 15+3=18, "39 plus sixteen is thirty-five", <<48/2=24>>, 3 boxes * 8 pens = 24 pens, 20% of
+    50 = 10, \\frac{12}{4} \\times \\$2 = \\$6, 10/3 \\approx 3.33.
 
-    What is not clearly one is skipped: variables, exponents, per cent, parentheses, units between the numbers. So is a
-    side of more than `_MOST` tokens. Source: our reconstruction.
+    What is not clearly one is skipped: variables, roots, remainders of a division, numbers with a word that changes
+    them, sides of more than `_LONG` tokens. Source: our reconstruction.
     """
+    text = spelled(text)
     found = _scan(_unannotated(text))
     told = {(s.left, s.right) for s in found}  # a sentence and the annotation in it are one statement
     for m in _ANNOTATION.finditer(text):
@@ -708,9 +1031,21 @@ def _numbers(text: str) -> list[tuple[int, int | Fraction]]:
     for token in _tokens(text):
         if token.kind == "n":
             found.append((token.start, -token.value if minus else token.value))
-        minus = token.kind == "-" and (before is None or before.kind != "n")
+        minus = token.kind == "-" and (before is None or before.kind not in "n)")
         before = token
     return found
+
+
+def _free_numbers(text: str) -> list[tuple[int, int | Fraction]]:
+    """Those of `_numbers` that are no part of a statement."""
+    found = statements(text)
+    starts, ends = [s.position for s in found], list(itertools.accumulate((s.end for s in found), max))
+    free = []
+    for start, value in _numbers(_unannotated(spelled(text))):
+        i = bisect.bisect_right(starts, start)
+        if not i or ends[i - 1] <= start:  # no statement reaches over it
+            free.append((start, value))
+    return free
 
 
 def fidelity(expert: str, rewrite: str) -> float:
@@ -720,14 +1055,8 @@ def fidelity(expert: str, rewrite: str) -> float:
     every number counts that is no operand of a statement: "which leaves 13" keeps the 13. Only the first `_MOST`
     results of each text are compared, since that takes time in their product. Source: our reconstruction.
     """
-    wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(expert)]
-    found = statements(rewrite)
-    kept = [(s.equals, s.right) for s in found]
-    starts, ends = [s.position for s in found], list(itertools.accumulate((s.end for s in found), max))
-    for start, value in _numbers(_unannotated(rewrite)):
-        i = bisect.bisect_right(starts, start)
-        if not i or ends[i - 1] <= start:  # no statement reaches over it
-            kept.append((start, value))
+    wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(spelled(expert))]
+    kept = [(s.equals, s.right) for s in statements(rewrite)] + _free_numbers(rewrite)
     wanted, kept = wanted[:_MOST], [value for _, value in sorted(kept)[:_MOST]]
     row = [0] * (len(kept) + 1)
     for value in wanted:
@@ -737,19 +1066,23 @@ def fidelity(expert: str, rewrite: str) -> float:
     return row[-1] / len(wanted) if wanted else 1.0
 
 
-_SOLUTION = "(?:solution|answer|proof|explanation|reasoning)"
+_SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation)"
 _SOURCE = re.compile(  # in lower case, with single spaces
-    r"\b(?:(?:given|provided|original|reference|expert|above|previous|sample|model|teacher|worked)(?:['’]s)? "
-    + rf"{_SOLUTION}|(?:known|stated|expected) (?:final )?answer|answer key|{_SOLUTION} (?:above|provided|given)"
-    + rf"|the steps? (?:provided|given)|as the {_SOLUTION} \w+|(?:stated|shown|given) in the {_SOLUTION}"
-    + rf"|back(?:wards?)? from the {_SOLUTION}|re(?:writ|phras)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}"
-    + r"|rewritten version|paraphras\w+|in (?:my|your) own words|as if (?:i|you) had|i was (?:shown|given)"
+    r"\b(?:(?:given|provided|original|reference|expert|above|sample|model|teacher|worked)(?:['’]s)? "
+    + rf"{_SOLUTION}|previous solution|(?:known|stated|expected) (?:final )?answer|answer key"
+    + rf"|{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|the reference\b(?! to)"
+    + rf"|(?:as|in|from|following|per|see) the {_SOLUTION}(?! (?:to|of|for|set)\b)(?=,| \w)"
+    + rf"|the solution (?:shows?|says?|states?|uses?|gives?|tells?|does|did|writes?|computes?|multipl\w+|starts?|begins?)"
+    + rf"|(?:stated|shown|given) in the {_SOLUTION}|{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)"
+    + rf"|back(?:wards?)? from the {_SOLUTION}|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}"
+    + r"|(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing|version)\b|rewritten version|paraphras\w+"
+    + r"|in (?:my|your) own words|as if (?:i|you) had|i was (?:shown|given)"
     + rf"|according to the (?:{_SOLUTION}|teacher|expert)|teacher['’]s \w+"
     + r"|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*)\b"
 )
 _STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
 _OR = re.compile(r"\bor\b", re.I)
-_MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b", re.I)  # right behind the box
+_MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -779,26 +1112,42 @@ def _repetition(text: str) -> float:
     return score
 
 
+def _early(problem: str, rewrite: str, answer: str) -> bool:
+    """Whether the answer stands there before it is reached: in a box or behind "answer is" in the first quarter (of
+    what is not itself the answer), or as a number of its own before the first calculation, though no number of the
+    problem."""
+    stated = _STATED.search(rewrite)
+    given = [(start, end) for start, end, _ in boxes(rewrite)] + ([stated.span()] if stated else [])
+    if any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given):
+        return True
+    value, claims = _read(answer).value, statements(rewrite)
+    if value is None or not claims or value in {number for _, number in _numbers(spelled(problem))}:
+        return False
+    return any(number == value and start < claims[0].position for start, number in _free_numbers(rewrite))
+
+
 def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
     """Every term of HARD (0 or 1) and of SOFT (in [0, 1]), by name. `answer` is the gold answer.
 
     Source: our reconstruction; the paper (DART, arXiv 2605.26924) says that there is a penalty of cheats.
     """
-    found, stated, claims = boxes(rewrite), _STATED.search(rewrite), statements(rewrite)
-    given = [(start, end) for start, end, _ in found] + ([stated.span()] if stated else [])  # where the answer is given
+    plain, model = spelled(rewrite), spelled(expert)
+    found, claims = boxes(plain), statements(plain)
     inside = {content or "" for *_, content in found}
     known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
-    length, expected = (len(_tokens(_ANNOTATION.sub("", text))) for text in (rewrite, expert))
-    reasoning, behind = (rewrite[: found[0][0]], rewrite[found[-1][1] :]) if found else (rewrite, "")
-    skipped = not claims and len(statements(expert)) >= 2 and fidelity(expert, reasoning) < 0.7
+    length, expected = (len(_tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
+    reasoning, behind = (plain[: found[0][0]], plain[found[-1][1] :]) if found else (plain, "")
+    shown = claims or any(t.kind in "+*/" for t in _tokens(reasoning))  # a calculation, if it could not be read
+    skipped = not shown and len(statements(model)) >= 2 and fidelity(model, reasoning) < 0.7
+    values = {_read(content).value or _read(content).text for content in inside}
+    maybe = _MAYBE.match(behind)  # another number, not the same one in words
     return {
-        # little before it, measured on the rest: a long answer behind a short solution is not early
-        "early_answer": float(any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given)),
+        "early_answer": float(_early(problem, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or skipped),
         "mentions_source": float(any(m[0] not in known for m in _SOURCE.finditer(told))),
-        "hedged": float(len({_read(content).text for content in inside}) > 1 or either or bool(_MAYBE.match(behind))),
+        "hedged": float(len(values) > 1 or either or bool(maybe and {v for _, v in _numbers(maybe[1])} - values)),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
         "repetition": _repetition(rewrite),
@@ -807,22 +1156,26 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
+# 6. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
 #    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
 #    but we could not read them: the formula is our reconstruction.
 
 
 def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
-    """Whether the last statement before the box arrives at what the box holds.
+    """Whether the last statement before the box arrives at what the box holds, exactly, rounded, as per cent, or with
+    the boxed number in its place (a check: 2*7+6 = 20, so 7).
 
     Comparable are a number in the box and a statement with neither number nor equation between it and the box.
     """
-    boxed = _value(_read(content).text)
+    boxed = _read(content).value
     last = [s for s in statements(rewrite) if s.position < start][-1:]
     if boxed is None or not last:
         return True
+    left, right, *_ = last[0]
+    near = {left, right, 100 * right, math.floor(left), math.ceil(left)}
+    used = {value for place, value in _numbers(rewrite) if last[0].position <= place < last[0].equals}
     between = _tokens(rewrite[last[0].end : start])
-    return last[0].right == boxed or any(t.value is not None or t.text == "=" for t in between)
+    return boxed in near | used or any(t.value is not None or t.text == "=" for t in between)
 
 
 def judge(

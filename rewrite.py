@@ -372,7 +372,9 @@ def run(main) -> None:
         return main()
     except SystemExit as end:
         told = isinstance(end.code, str)
-        if told and os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine, not once a rank
+        if told:  # by the machine's first rank, whose end ends the others; by another if it alone has something to say
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(10)
             print(f"{Path(sys.argv[0]).name}: {end.code}", file=sys.stderr)
         code = 2 if told else end.code or 0
     except Exception:
