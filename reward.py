@@ -185,7 +185,7 @@ _LATEX = [
         (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
         (r"\\\\\s*\[[^\]\n]{0,9}\]", r"\\\\"),  # the distance of two rows
         (r"\{\\(rm|bf)\s([^{}]*)\}", r"\\\1{\2}"),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!;: ]\s?)(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
+        (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
         (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ()\[\]]|~", " "),
         (r"\^\s?\{?\\circ\}?(?:\s*(?:\\[a-z]+\{)?\s?([FCK])\b\}?)?", lambda m: _DEGREES.get(m[1], "")),
@@ -199,6 +199,7 @@ _LATEX = [
         (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
         (r"\*\*", ""),  # bold print
+        (r"\^\{(\w)\}", r"^\1"),
         (r"[^\S\n]{2,}", " "),
     )
 ]
@@ -238,19 +239,20 @@ _TOKEN = re.compile(
             skip=r"[^\S\n]+|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
             stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|,(?![0-9]{3})|\\to(?![a-z])|=>",
             number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"
-            r"|[0-9]+\s?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}|[0-9]+\s[0-9]+/0*[1-9][0-9]*(?![\d.])"  # 3 1/2
+            r"|[0-9]+ ?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}|(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.])"  # 3 1/2
+            r"|(?<=/ )[0-9]+/0*[1-9][0-9]*(?![\d.])"  # 2 / 1/3
             rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{'|'.join(_TIMES)})(?!\w))?",
             words=_IN_WORDS,
             percent=r"\\?%|per\s?cent(?!\w)",
             equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)(?!\s(?:about|approximately|roughly)\s)",
             near=r"\\(?:approx|simeq)(?![a-z])|(?:is\s)?(?:about|approximately|roughly)(?!\w)",
-            operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|(?:plus|minus|negative|times|(?:divided|multiplied)\sby|per)(?!\w)"
+            operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|(?:plus|minus|negative|times|(?:divided|multiplied)\sby)(?!\w)|per(?=\s[a-z])"
             r"|(?<=[\d\s)])x(?=\s?\\?\$?\d)",
             factorial=r"(?<=[\d)}])!(?=\s?[-+*/=)}\\!(]|\Z)",
             open=r"[({]",
             close=r"[)}]",
             function=r"\\(?:frac|binom|Gamma)(?![A-Za-z])",
-            word=r"[^\W\d_]{2,}|(?<=\d )[mgshL](?![\w(^])",
+            word=r"[^\W\d_]{2,}",
             other=r"\\[A-Za-z]+|.",
         ).items()
     ),
@@ -284,11 +286,11 @@ def _number(text: str) -> int | Fraction | None:
         whole, first, block = found[1] or "0", found[2], found[3] or found[4]
         ninths = Fraction(int(block), 10 ** len(block) - 1)  # 0.333... is 3/9
         return (int(whole + first) + ninths) / 10 ** len(first)
-    if mixed := re.fullmatch(r"(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(\d+)/(\d+)", text):
+    if mixed := re.fullmatch(r"(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(?:and\s)?(\d+)/(\d+)", text):
         whole, above, below = (int(part) for part in mixed.groups() if part)
         return whole + Fraction(above, below)
     if re.search(r"\d", text):
-        return Fraction(text.replace(",", ""))
+        return Fraction(text.replace(",", ""))  # 3/4 as well
     total = part = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         if word in ("hundred", "dozen"):
@@ -549,6 +551,7 @@ _WORDING = [
         (r"\s*,?\s+(?:and|or)\s+", ", "),
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
+        (r"\s*([{}])\s*", r"\1"),
         (r"\+\s*-", "-"),
         (r"\+\s*\(\s*-([\d.]+)\s*\)", r"-\1"),
         (r"^(?:\\approx|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
@@ -745,7 +748,9 @@ def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     equations = "=" in gold.text or ("=" in answer.text and bool(gold.name))
     differ = len(answer.name) == len(gold.name) == 1 and answer.name != gold.name  # the lines x = 3 and y = 3
     sides = [side.whole if equations or differ else side.text for side in (answer, gold)]
-    letters = [bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|\b[ei]\b", "", side))) for side in sides]
+    letters = [
+        bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", side))) for side in sides
+    ]
     try:
         for side in sides:
             evaluate(_tokens(side))
@@ -878,7 +883,10 @@ _LONG = 200  # tokens of a side of an equation
 
 _ANNOTATION = re.compile("<<([^<>]*)>>")  # GSM8K's 48/2 = <<48/2=24>>24
 _NOT_BEFORE = frozenset("of half twice double third quarter sin cos tan log ln sqrt percent".split())
-_NOT_AFTER = frozenset("more less fewer greater percent dozen half mod modulo".split()) | set(_TIMES)
+_NOT_AFTER = frozenset("more less fewer greater percent half halves thirds quarters mod modulo".split()) | set(_TIMES)
+_NO_WORDS = _NO_UNIT | set("of am pm because since so then thus hence when with which as but that we he she it they the a an who his her their its this these".split())
+_W = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, miles per hour; in "= 90 km = 90,000 m" they matter
+_UNIT_WORDS = re.compile(rf"(?<=[n)%]){_W}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_W}(?=[=~])")
 
 
 class Statement(typing.NamedTuple):
@@ -891,11 +899,13 @@ class Statement(typing.NamedTuple):
 
 
 def _values(side: list[Token]) -> list[int | Fraction]:
-    """What a side of an equation may be worth: 20% is 20 or 0.2. Nothing if it is no arithmetic."""
+    """What a side of an equation may be worth: 20% is 20 or 0.2, "$16 million" may be millions. Nothing if it is no
+    arithmetic."""
     if len(side) > _LONG:
         return []
+    bare = [t._replace(value=_number(t.text.split()[0])) if t.kind == "n" and " " in t.text else t for t in side]
     try:
-        values = [evaluate(side, percent) for percent in (1, Fraction(1, 100))]
+        values = [evaluate(of, percent) for of in (side, bare) for percent in (1, Fraction(1, 100))]
     except OverflowError:
         return []
     return [value for value in dict.fromkeys(values) if value is not None]
@@ -904,8 +914,9 @@ def _values(side: list[Token]) -> list[int | Fraction]:
 def _holds(left, right, side: list[Token], divides: bool, near: bool) -> bool:
     """Whether left = right, as the right side is written: rounded to its places, a quotient also cut (17/3 = 5 and a
     remainder), behind a sign for "nearly" within 5%."""
-    literal = not any(t.kind in "/f" or t.value is None or "/" in t.text or "frac" in t.text for t in side[-1:])
-    places = 10 ** len(re.sub(r"\D*$", "", side[-1].text).partition(".")[2])  # 3.33 -> 100
+    numbers = [t for t in side if t.kind not in "-()%"]
+    literal = len(numbers) == 1 and re.fullmatch(_DIGITS, numbers[0].text)
+    places = 10 ** len(numbers[-1].text.partition(".")[2]) if literal else 1  # 3.33 -> 100
     rounded = literal and right * places == math.floor(left * places + Fraction(1, 2))
     cut = divides and right == math.floor(left)
     return left == right or rounded or cut or (near and abs(left - right) <= abs(left) * Fraction(1, 20))
@@ -920,8 +931,10 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
         if left:
             pairs = [(a, b) for a in left for b in values]
             held = [pair for pair in pairs if _holds(*pair, side, divides, nearly)]
+            if not held and len(side) > 1 and side[0].end + 2 < side[1].start and side[0].value in left:
+                left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
             found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
-        elif len(side) > 2 or "frac" in side[0].text:  # has an operator that is no sign, or is a fraction
+        elif any(t.kind in "+-*/^!f" for t in side[1:]) or side[0].kind == "f":  # more than a number with its sign
             left, first = values, side
             divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
@@ -942,6 +955,8 @@ def _within(side: list[Token], opening: str, closing: str) -> list[Token]:
 
 def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     """Whether the outer side of an equation is all there is, or only part of a larger expression."""
+    if beside.kind == "_":  # 4 (5+3) = 32, but "= 16 (-1)^2 = 1"; not 18 000
+        return not left and beside.text == "("
     if beside.kind == ";" or beside.text in ("([{\"'<" if left else ")]}\"'>"):
         return True
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
@@ -952,15 +967,35 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
 
 def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
     """3 boxes * 8 pens = ..., $2/egg, 60 miles per hour: the numbers and signs alone. "20% of" and "2/3 of" are times."""
-    units = "".join("?" if t.kind == "w" and t.text.lower() in _NO_UNIT | {"of"} else t.kind for t in tokens)
-    left_out = set()
-    for found in re.finditer(r"(?<!=n)(?<=[n)%])(?:w{1,3}(?:/w{1,2})?|/w{1,2})(?=[-+*/=~)])", units):
-        left_out.update(range(*found.span()))
-    kept = []
+    kinds = "".join(
+        ("o" if t.text == "of" else "?") if t.kind == "w" and t.text.lower() in _NO_WORDS else t.kind for t in tokens
+    )
+    left_out, last, span = set(), (0, set()), ()
+    for found in _UNIT_WORDS.finditer(kinds):
+        start, end = found.span()
+        names = {_UNITS.get(t.text.lower().removesuffix("s"), "") for t in tokens[start:end]} - {""}
+        if start == last[0] + 2 and kinds[last[0]] in "+-" and names and last[1] and not names & last[1]:
+            left_out.difference_update(range(*span))  # 2 hours + 30 minutes
+        elif tokens[start - 1].end < tokens[start].start or names or kinds[start] == "/":  # not the h of 3h
+            left_out.update(range(start, end))
+        last, span = (end, names), (start, end)
+    kept, depth = [], 0
     for i, token in enumerate(tokens):
-        share = kept and token.text == "of" and (kept[-1].kind == "%" or [t.kind for t in kept[-3:]] == ["n", "/", "n"])
-        if i not in left_out:
-            kept.append(token._replace(kind="*") if share else token)
+        if i in left_out:
+            continue
+        before = "".join(t.kind for t in kept[-4:])
+        if token.text == "of" and before.endswith("w") and kept[-1].text.lower() not in _NO_WORDS:
+            token = token._replace(text="total of")
+        elif (
+            token.text == "of"
+            and (before.endswith("%") or before.endswith("n/n"))
+            and not re.search("=n(?:/n|%)$", before)
+        ):
+            token = token._replace(kind="*")
+        elif before[-1:] in ("n", ")") and depth >= 0 and token.kind in "n(f" and kept[-1].end < token.start:
+            kept.append(Token("_", token.kind, token.start, token.start, None))
+        depth += {"(": 1, ")": -1}.get(token.kind, 0)  # below 0 behind the 1) of a list
+        kept.append(token)
     return kept
 
 
@@ -977,7 +1012,7 @@ def _scan(text: str) -> list[Statement]:
         last = _within(sides[-1], "(", ")")
         while last and last[-1].kind == "!":  # "= 42!" at the end of a sentence
             last = last[:-1]
-        before, behind = tokens[signs[0] - len(first) - 1], tokens[signs[-1] + len(last) + 1 :]
+        before, i = tokens[signs[0] - len(first) - 1], signs[-1] + len(last) + 1
         if len(first) > 1 and first[0].kind in "-+*/^!%":
             # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
             item = first[0].end < first[1].start
@@ -987,11 +1022,18 @@ def _scan(text: str) -> list[Statement]:
         label = (
             kinds == "n-n" and tight and before.kind == "w" and first[0].value < first[2].value
         )  # days 1-3 = 6 sweets
-        share = tokens[signs[0]].text != "=" and kinds == "n/n"  # "2/5 is equal to 12 eggs"
+        # "2/5 is equal to 12 eggs", "1/4 cup = ..."
+        sign = tokens[signs[0]]
+        # "2/5 is equal to 12 eggs", "1/4 cup = ...", "50% of 8 is 0.5*8 = 4"
+        share = kinds in ("n/n", "f(n)(n)") and (
+            sign.text[0].isalpha() or (sign.start > first[-1].end + 2 and first[0].end == first[1].start)
+        )
+        share = share and first[1].text != "divided by"
+        share = share or (sign.text[0].isalpha() and len(signs) > 1 and any(t.kind in "+-*/^" for t in sides[1][1:]))
         if first and (share or label or not _alone(first, before, left=True)):
             first = []
-        remark = behind[0].kind == "(" and "mod" in behind[1].text
-        if last and (remark or not _alone(last, behind[0], left=False)):
+        remark = tokens[i].kind == "(" and "mod" in tokens[i + 1].text
+        if last and (remark or not _alone(last, tokens[i], left=False)):
             last = []
         sides, near = [first, *sides[1:-1], last], [tokens[k].kind == "~" for k in signs]
         statements = _chain(sides, near)
@@ -1081,6 +1123,9 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     + r"|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*)\b"
 )
 _STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
+_ALONE = re.compile(
+    r"(?:\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals)[\s*$\\]*|[#*]{2,}\s*\$?)\Z", re.I
+)
 _OR = re.compile(r"\bor\b", re.I)
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
@@ -1123,7 +1168,9 @@ def _early(problem: str, rewrite: str, answer: str) -> bool:
     value, claims = _read(answer).value, statements(rewrite)
     if value is None or not claims or value in {number for _, number in _numbers(spelled(problem))}:
         return False
-    return any(number == value and start < claims[0].position for start, number in _free_numbers(rewrite))
+    front = [start for start, number in _free_numbers(rewrite) if number == value and start < claims[0].position]
+    told = any(_ALONE.search(rewrite, 0, start) for start in front)
+    return told or (bool(front) and abs(value) > 12 and claims[0].right != value)
 
 
 def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
@@ -1137,7 +1184,7 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
-    length, expected = (len(_tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
+    length, expected = (sum(t.kind != "(" for t in _tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
     reasoning, behind = (plain[: found[0][0]], plain[found[-1][1] :]) if found else (plain, "")
     shown = claims or any(t.kind in "+*/" for t in _tokens(reasoning))  # a calculation, if it could not be read
     skipped = not shown and len(statements(model)) >= 2 and fidelity(model, reasoning) < 0.7
