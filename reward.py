@@ -177,19 +177,20 @@ _COMMANDS |= dict(
 )
 _COMMANDS |= dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr".split(), "")
 _TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname|rm|bf)\s?\{([^{}]*)\}"
-_LETTERS = dict(m="meters", g="grams", s="seconds", h="hours", L="liters", l="liters", J="joules", N="newtons")
+_LETTERS = dict(m="meters", g="grams", s="seconds", h="hours", L="liters", l="liters", J="joules", N="newtons", V="volts", W="watts", A="amperes", K="kelvin")
 _DEGREES = dict(F=" fahrenheit ", C=" celsius ", K=" kelvin ")
 _LATEX = [
     (re.compile(pattern), by)
     for pattern, by in (
         (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
         (r"\\\\\s*\[[^\]\n]{0,9}\]", r"\\\\"),  # the distance of two rows
-        (r"\{\\(rm|bf)\s([^{}]*)\}", r"\\\1{\2}"),
+        (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
         (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
         (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
-        (r"(?<!\\)\\[,;: ()\[\]]|~", " "),
+        (r"(?<!\\)\\[,;: ()]|~", " "),
+        (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
         (r"\^\s?\{?\\circ\}?(?:\s*(?:\\[a-z]+\{)?\s?([FCK])\b\}?)?", lambda m: _DEGREES.get(m[1], "")),
-        (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJN])\s*\}", lambda m: " " + _LETTERS[m[1]]),
+        (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*\}", lambda m: " " + _LETTERS[m[1]]),
         (_TEXT, r" \1 "),
         (_TEXT, r" \1 "),  # \textbf{\text{...}}
         (r"\\frac\s*(\d)", r"\\frac{\1}"),
@@ -532,29 +533,34 @@ _UNITS = {  # any word may stand behind a number; these contradict each other
     for name in names.split()
 }
 _NO_UNIT = frozenset(  # words that change what a number says
-    "or and is are was not no to than from plus minus negative times more less fewer greater half halves third thirds "
+    "or and is are was not no to than from plus minus negative half halves third thirds "
     "quarter quarters tens dozen dozens score scores squared cubed mod modulo maybe perhaps between twice double if "
     "sin cos tan log ln exp sqrt remainder".split()
     + [f"{word}th{s}" for word in "four fif six seven eigh nin ten".split() for s in ("", "s")]
     + [word + s for word in (*_TIMES, *_WORDS) for s in ("", "s")]
 )
 _LABEL = re.compile(
-    r"(?:(?<=[\d})])|(?<=\\pi)|(?<=\\pi\s))\s*"
-    r"(?P<label>(?:/\s*)?[^\W\d_](?:[^\d\\={}()\[\],<>^_+*!]|\^\s?\{?-?\d\}?|[_,](?=\d\d\d))*|\([A-Za-z ]{3,}\))\s*$"
+    rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi\s)|(?<=\d[a-z])(?=\s)|{'|'.join(f'(?<={word})' for word in _TIMES)})\s*"
+    rf"(?!(?:{'|'.join(_TIMES)})\b)(?P<label>(?:/\s*)?(?:[^\W\d_]{{2,}}|[^\x00-\x7f]|[ap]\.\s?m|[a-z](?=/))(?:"
+    r"[^\d\\={}()\[\],<>^_+*!]|\^\s?\{?-?\d\}?|[_,](?=\d\d\d))*|\([A-Za-z ]{3,}\))\s*$"
 )
-_FRONT = re.compile(r"^\s*(?:(\\\$|US\$|USD)|([€£¥]|Rs\.?|EUR))\s*(?=[\d.])")
+_FRONT = re.compile(r"^\s*(?:(\\\$|US\$|USD)|(euros|pounds sterling|yen|rupees|cents|Rs\.?|EUR))\s*(?=[\d.])")
+_MONEY = str.maketrans({"€": " euros ", "£": " pounds sterling ", "¥": " yen ", "₹": " rupees ", "¢": " cents "})
 _MODULO = re.compile(r"\s*\(?\s*\\?p?mod(?:ulo)?\s*[{(]?\s*(\w+)\s*[)}]?\s*\)?$")
 _WORDING = [
     (re.compile(pattern), by)
     for pattern, by in (
+        (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),
         (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
         (r"\s*,?\s+(?:and|or)\s+", ", "),
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
-        (r"\s*([{}])\s*", r"\1"),
+        (r"(?<=\{)\s+|\s+(?=\})", ""),
+        (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)\s*", ""),
+        (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
         (r"\+\s*-", "-"),
         (r"\+\s*\(\s*-([\d.]+)\s*\)", r"-\1"),
-        (r"^(?:\\approx|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
+        (r"^(?:\\approx|about\b|approximately\b|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
         (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2] or ""),
     )
@@ -589,6 +595,8 @@ def _pieces(text: str) -> list[str]:
 
 def _unit_names(unit: str) -> set[str]:
     """The known units in what stood behind a number."""
+    if unit.startswith("modulo"):
+        return {unit}
     words = re.findall(r"[^\W\d_]+", re.sub(r"\b([ap])\.\s?m\b", r"\1m", unit.lower().replace("metre", "meter")))
     names = (_UNITS.get(w) or _UNITS.get(w.removesuffix("s")) or _UNITS.get(w.removesuffix("es")) for w in words)
     return {name for name in names if name}
@@ -600,7 +608,7 @@ def _is_unit(label: str) -> bool:
     for word in words:
         if word.lower() in _NO_UNIT or re.match("[\u0370-\u03ff]", word):
             return False
-        known = word.lower() in _UNITS and (len(word) > 1 or "/" in label)
+        known = word.lower() in _UNITS and (len(word) > 1 or re.search("[/^]", label))
         if len(word) < 3 and word.isascii() and not known and word not in ("of", "an", "at", "sq", "a"):
             return False
     return bool(words)
@@ -611,7 +619,7 @@ def _read(answer: str) -> Answer:
     """An answer in one spelling, its name and unit apart; what is too long for one stays as it is."""
     if len(answer) > LONGEST or (answer.isascii() and answer.isdigit()):
         return Answer(answer, _value(answer), "", "", answer)
-    text, unit = spelled(answer), ""
+    text, unit = spelled(answer.translate(_MONEY)), ""
     if text.count("$") - text.count(r"\$") == 1:
         text = text.replace("$", r"\$", 1)
     if front := _FRONT.search(text):
@@ -661,6 +669,7 @@ def normal_form(answer: str) -> str:
 
 # --- comparing: each kind says True or False, or None where it does not know both answers ---
 
+_LINES = ("x", "y", "z")
 _BASE = re.compile(r"([0-9][0-9A-Fa-f]*)\s?_\s?\{?\s*(\w+)\s*\}?")
 _RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
@@ -699,7 +708,7 @@ def _bases_equal(answer: Answer, gold: Answer) -> bool | None:
     sides = [_BASE.fullmatch(side.text) for side in (answer, gold)]
     if not any(sides) or (not all(sides) and re.search("[A-Za-z]", (answer if sides[1] else gold).text)):
         return None
-    return all(sides) and sides[0][1] == sides[1][1] and _value(sides[0][2]) == _value(sides[1][2])
+    return all(sides) and sides[0][1].upper() == sides[1][1].upper() and _value(sides[0][2]) == _value(sides[1][2])
 
 
 def _options_equal(answer: Answer, gold: Answer) -> bool | None:
@@ -746,8 +755,9 @@ def _intervals_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | N
 def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     """What is left for math-verify, unless it would cost too much or only one side has letters (not \\pi, e or i)."""
     equations = "=" in gold.text or ("=" in answer.text and bool(gold.name))
-    differ = len(answer.name) == len(gold.name) == 1 and answer.name != gold.name  # the lines x = 3 and y = 3
-    sides = [side.whole if equations or differ else side.text for side in (answer, gold)]
+    if "=" in answer.text and not equations:  # 5 = 6
+        return False
+    sides = [side.whole if equations else side.text for side in (answer, gold)]
     letters = [
         bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", side))) for side in sides
     ]
@@ -777,7 +787,9 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
         return False
     if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
-    if answer.text == gold.text and not (len(answer.name) == len(gold.name) == 1 and answer.name != gold.name):
+    if answer.name != gold.name and answer.name in _LINES and gold.name in _LINES:  # x = 3 and y = 3
+        return False
+    if answer.text == gold.text:
         return True
     return next(verdict for kind in _KINDS if (verdict := kind(answer, gold)) is not None)
 
@@ -884,7 +896,7 @@ _LONG = 200  # tokens of a side of an equation
 _ANNOTATION = re.compile("<<([^<>]*)>>")  # GSM8K's 48/2 = <<48/2=24>>24
 _NOT_BEFORE = frozenset("of half twice double third quarter sin cos tan log ln sqrt percent".split())
 _NOT_AFTER = frozenset("more less fewer greater percent half halves thirds quarters mod modulo".split()) | set(_TIMES)
-_NO_WORDS = _NO_UNIT | set("of am pm because since so then thus hence when with which as but that we he she it they the a an who his her their its this these".split())
+_NO_WORDS = _NO_UNIT | set("times more less fewer greater of am pm cent cents because since so then thus hence when with which as but that we he she it they the a an who his her their its this these".split())
 _W = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, miles per hour; in "= 90 km = 90,000 m" they matter
 _UNIT_WORDS = re.compile(rf"(?<=[n)%]){_W}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_W}(?=[=~])")
 
@@ -1002,7 +1014,7 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
 def _scan(text: str) -> list[Statement]:
     """Statements among runs of numbers, operators and equality signs."""
     edge = Token(";", "", 0, 0, None)
-    found, tokens = [], [edge, *_without_units(_tokens(text)), edge, edge]
+    found, tokens = [], [edge, *_without_units(_tokens(text)), edge, edge, edge]
     for run in re.finditer("[-n+*/^!%()f=~]+", "".join(t.kind for t in tokens)):
         signs = [k for k in range(*run.span()) if tokens[k].kind in "=~"]
         if not signs:
@@ -1032,7 +1044,8 @@ def _scan(text: str) -> list[Statement]:
         share = share or (sign.text[0].isalpha() and len(signs) > 1 and any(t.kind in "+-*/^" for t in sides[1][1:]))
         if first and (share or label or not _alone(first, before, left=True)):
             first = []
-        remark = tokens[i].kind == "(" and "mod" in tokens[i + 1].text
+        behind = " ".join(t.text for t in tokens[i : i + 3])  # 1 (mod 12), 20% of 50
+        remark = re.match(r"[( ]*\\?p?mod", behind) or (last and last[-1].kind == "%" and behind.startswith("of"))
         if last and (remark or not _alone(last, tokens[i], left=False)):
             last = []
         sides, near = [first, *sides[1:-1], last], [tokens[k].kind == "~" for k in signs]
@@ -1115,7 +1128,7 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     + rf"|{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|the reference\b(?! to)"
     + rf"|(?:as|in|from|following|per|see) the {_SOLUTION}(?! (?:to|of|for|set)\b)(?=,| \w)"
     + rf"|the solution (?:shows?|says?|states?|uses?|gives?|tells?|does|did|writes?|computes?|multipl\w+|starts?|begins?)"
-    + rf"|(?:stated|shown|given) in the {_SOLUTION}|{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)"
+    + rf"|the original(?=[,.:;])|the expert\b|you (?:gave|showed|provided|sent)|(?:stated|shown|given) in the {_SOLUTION}|{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)"
     + rf"|back(?:wards?)? from the {_SOLUTION}|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}"
     + r"|(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing|version)\b|rewritten version|paraphras\w+"
     + r"|in (?:my|your) own words|as if (?:i|you) had|i was (?:shown|given)"
