@@ -162,22 +162,25 @@ def check_same_tokenizer(one, other) -> None:
 # 3. Reading. Characters and LaTeX get one spelling, the text becomes tokens, and what is arithmetic has an exact value.
 #    Answers and the arithmetic inside of rewrites are read by the same few functions.
 
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-_RAISED, _VULGAR = re.compile("[⁰¹²³⁴-⁹⁻]+"), re.compile("[¼-¾⅐-⅞]")  # 5², 3½
-_ROOT = re.compile(r"√\s*(\d+|[A-Za-z])")
 _CHARACTERS = str.maketrans(
     {"−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "≤": r"\le ", "≥": r"\ge "}
     | {"≠": r"\ne ", "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ", "∞": r"\infty ", "π": r"\pi ", "√": r"\sqrt"}
     | {"∪": r"\cup ", "∈": r"\in ", "°": r"^\circ ", "⁄": "/", "。": ". ", "、": ", ", "→": r"\to ", "⇒": r"\to "}
 )
-_COMMANDS = dict(dfrac=r"\frac", tfrac=r"\frac", cfrac=r"\frac", dbinom=r"\binom", tbinom=r"\binom", leq=r"\le")
-_COMMANDS |= dict(leqslant=r"\le", geq=r"\ge", geqslant=r"\ge", neq=r"\ne", varnothing=r"\emptyset", langle="(")
-_COMMANDS |= dict(
-    rangle=")", ldots="...", cdots="...", dots="...", Omega=" ohm ", implies=r"\to ", quad=", ", qquad=", "
-)
-_COMMANDS |= dict.fromkeys("left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr".split(), "")
+_COMMANDS = {
+    name: by
+    for by, names in (
+        *((r"\frac", "dfrac tfrac cfrac"), (r"\binom", "dbinom tbinom"), (r"\le", "leq leqslant"), (r"\ne", "neq")),
+        *((r"\ge", "geq geqslant"), (r"\to", "implies Rightarrow"), (r"\emptyset", "varnothing"), ("(", "langle")),
+        *((")", "rangle"), ("...", "ldots cdots dots"), (", ", "quad qquad"), (" ohm ", "Omega")),
+        ("", "left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr"),
+    )
+    for name in names.split()
+}
 _TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname|rm|bf)\s?\{([^{}]*)\}"
-_LETTERS = dict(m="meters", g="grams", s="seconds", h="hours", L="liters", l="liters", J="joules", N="newtons", V="volts", W="watts", A="amperes", K="kelvin")
+_LETTERS = dict(  # units of one letter; in a formula without \text they are variables
+    zip("mgshLlJNVWAK", "meter gram second hour liter liter joule newton volt watt ampere kelvin".split())
+)
 _DEGREES = dict(F=" fahrenheit ", C=" celsius ", K=" kelvin ")
 _LATEX = [
     (re.compile(pattern), by)
@@ -191,15 +194,14 @@ _LATEX = [
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
         (r"\^\s?\{?\\circ\}?(?:\s*(?:\\[a-z]+\{)?\s?([FCK])\b\}?)?", lambda m: _DEGREES.get(m[1], "")),
         (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*\}", lambda m: " " + _LETTERS[m[1]]),
-        (_TEXT, r" \1 "),
-        (_TEXT, r" \1 "),  # \textbf{\text{...}}
+        *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
         (r"\\frac\s*(\d)", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
         (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
         (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
         (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
-        (r"\*\*", ""),  # bold print
+        (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # Python's power; others are bold print
+        (r"\*\*", ""),
         (r"\^\{(\w)\}", r"^\1"),
         (r"[^\S\n]{2,}", " "),
     )
@@ -210,9 +212,10 @@ def characters(text: str) -> str:
     """The text in ASCII signs and LaTeX commands, where it had others: x² √2 ½ ± full-width digits. Letters stay."""
     if text.isascii():
         return text
-    text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = _VULGAR.sub(lambda m: "\\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
-    return unicodedata.normalize("NFKC", _ROOT.sub(r"\\sqrt{\1}", text)).translate(_CHARACTERS)
+    text = re.sub("[⁰¹²³⁴-⁹⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: "\\frac{" + unicodedata.normalize("NFKC", m[0]).replace("⁄", "}{") + "}", text)
+    text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text)
+    return unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
 
 
 @functools.lru_cache(64)
@@ -230,25 +233,33 @@ _SMALL = "zero one two three four five six seven eight nine ten eleven twelve th
 _SMALL += ["seventeen", "eighteen", "nineteen"]
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 _WORDS = {word: n for n, word in enumerate(_SMALL)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
-_TIMES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+_SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
+_SCALE = "|".join(_SCALES)
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})[-\s](?:{'|'.join(_SMALL[1:10])})(?!\w)|(?:{'|'.join(_WORDS)})(?!\w))"
-_IN_WORDS = rf"{_BELOW_100}(?:\s(?:{'|'.join(_TIMES)})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
+_IN_WORDS = rf"{_BELOW_100}(?:\s(?:{_SCALE})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER = "|".join(
+    (
+        r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)",  # 0.1666...
+        r"[0-9]+ ?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}",
+        r"(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.])",  # 3 1/2
+        r"(?<=/ )[0-9]+/0*[1-9][0-9]*(?![\d.])",  # the 1/3 of 2 / 1/3
+        rf"{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?",
+    )
+)
 _TOKEN = re.compile(
     "|".join(
         rf"(?P<{name}>{pattern})"
         for name, pattern in dict(
             skip=r"[^\S\n]+|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
             stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|,(?![0-9]{3})|\\to(?![a-z])|=>",
-            number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"
-            r"|[0-9]+ ?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}|(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.])"  # 3 1/2
-            r"|(?<=/ )[0-9]+/0*[1-9][0-9]*(?![\d.])"  # 2 / 1/3
-            rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{'|'.join(_TIMES)})(?!\w))?",
+            number=_NUMBER,
             words=_IN_WORDS,
             percent=r"\\?%|per\s?cent(?!\w)",
             equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)(?!\s(?:about|approximately|roughly)\s)",
             near=r"\\(?:approx|simeq)(?![a-z])|(?:is\s)?(?:about|approximately|roughly)(?!\w)",
-            operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|(?:plus|minus|negative|times|(?:divided|multiplied)\sby)(?!\w)|per(?=\s[a-z])"
-            r"|(?<=[\d\s)])x(?=\s?\\?\$?\d)",
+            operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|per(?=\s[a-z])|(?<=[\d\s)])x(?=\s?\\?\$?\d)"
+            r"|(?:plus|minus|negative|times|(?:divided|multiplied)\sby)(?!\w)",
             factorial=r"(?<=[\d)}])!(?=\s?[-+*/=)}\\!(]|\Z)",
             open=r"[({]",
             close=r"[)}]",
@@ -261,9 +272,8 @@ _TOKEN = re.compile(
 )
 _KIND = dict(stop=";", number="n", words="n", percent="%", equals="=", near="~", factorial="!", open="(", close=")")
 _KIND |= dict(function="f", word="w", other="?")  # an operator's kind is its sign
-_OPERATORS = {"plus": "+", "minus": "-", "times": "*", "multiplied by": "*", r"\times": "*", r"\cdot": "*", "x": "*"}
-_OPERATORS |= {"divided by": "/", r"\div": "/", "per": "/", "negative": "-"}
-_BITS, _NESTED = 100_000, 10  # longest number that is worked out; deepest brackets that are read
+_OPERATORS = {"plus": "+", "minus": "-", "negative": "-", "times": "*", "multiplied by": "*", "x": "*", "per": "/"}
+_OPERATORS |= {r"\times": "*", r"\cdot": "*", "divided by": "/", r"\div": "/"}
 
 
 class Token(typing.NamedTuple):
@@ -276,17 +286,16 @@ class Token(typing.NamedTuple):
 
 def _number(text: str) -> int | Fraction | None:
     """7, 1,234.5, 1.5e3, 3 1/2, 0.\\overline{3}, 2.5 million, thirty-five; nothing for digits without end."""
-    if text.isdigit() and len(text) <= 80:
-        return int(text)  # equal to the Fraction, and much faster
     if len(text) > 80:
         return None
-    digits, _, times = text.lower().partition(" ")
-    if times in _TIMES and digits[-1].isdigit():
-        return Fraction(digits.replace(",", "")) * _TIMES[times]
+    if text.isdigit():
+        return int(text)  # equal to the Fraction, and much faster
+    digits, _, scale = text.lower().partition(" ")
+    if scale in _SCALES and digits[-1].isdigit():
+        return Fraction(digits.replace(",", "")) * _SCALES[scale]
     if found := re.fullmatch(r"(\d*)\.(\d*?)(?:\\overline\{(\d+)\}|(\d+?)\4+\.\.\.)", text):
         whole, first, block = found[1] or "0", found[2], found[3] or found[4]
-        ninths = Fraction(int(block), 10 ** len(block) - 1)  # 0.333... is 3/9
-        return (int(whole + first) + ninths) / 10 ** len(first)
+        return (int(whole + first) + Fraction(int(block), 10 ** len(block) - 1)) / 10 ** len(first)  # 0.333... is 3/9
     if mixed := re.fullmatch(r"(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(?:and\s)?(\d+)/(\d+)", text):
         whole, above, below = (int(part) for part in mixed.groups() if part)
         return whole + Fraction(above, below)
@@ -295,9 +304,9 @@ def _number(text: str) -> int | Fraction | None:
     total = part = 0
     for word in re.findall(r"[a-z]+", text.lower()):
         if word in ("hundred", "dozen"):
-            part *= _TIMES[word]
-        elif word in _TIMES:
-            total, part = total + part * _TIMES[word], 0
+            part *= _SCALES[word]
+        elif word in _SCALES:
+            total, part = total + part * _SCALES[word], 0
         else:
             part += _WORDS.get(word, 0)  # "and" adds nothing
     return total + part
@@ -319,46 +328,54 @@ def _tokens(text: str) -> tuple[Token, ...]:
     return tuple(found)
 
 
-# --- values ---
+# --- values: None is the value of anything that is no number, OverflowError says that nobody works it out ---
+
+_BINDS = {"": 0, ")": 0, "+": 1, "-": 1, "*": 2, "/": 2, "^": 3, "!": 4, "%": 4}  # others follow as factors: 3(4), 2\pi
+_BITS, _NESTED = 100_000, 10  # longest number that is worked out; deepest brackets that are read
 
 
-def _power(base, exponent, is_sum: bool):
-    """base ** exponent, exactly; None for roots and unknowns."""
-    if exponent is None:
+def _apply(operator: str, one, other, is_sum: bool):
+    """one + - * / ^ other, exactly; `is_sum` says that a power would multiply out a sum."""
+    if operator == "^" and other is not None:
+        bits = 1 if one is None else max(part.bit_length() for part in Fraction(one).as_integer_ratio())
+        if abs(other) * bits > (_BITS if bits > 1 else 100 if is_sum and one is None else 20_000):
+            raise OverflowError
+    if one is None or other is None:
         return None
-    bits = 1 if base is None else max(Fraction(base).numerator.bit_length(), Fraction(base).denominator.bit_length())
-    if abs(exponent) * bits > (100 if is_sum and base is None else _BITS if bits > 1 else 20_000):
+    if operator == "^":
+        defined = Fraction(other).denominator == 1 and (one or other > 0)
+        return Fraction(one) ** int(other) if defined else None
+    if operator == "/":
+        return Fraction(one) / other if other else None
+    value = one + other if operator == "+" else one - other if operator == "-" else one * other
+    if Fraction(value).numerator.bit_length() > _BITS:
         raise OverflowError
-    if base is None or Fraction(exponent).denominator > 1 or (not base and exponent < 0):
-        return None
-    return Fraction(base) ** int(exponent)
+    return value
 
 
-def _combinations(n, k):
-    if n is None or k is None:
+def _call(name: str, *arguments):
+    """\\frac, \\binom, \\Gamma, or ! of their arguments."""
+    if None in arguments:
         return None
-    if n > 20_000:
+    if name == r"\frac":
+        return _apply("/", *arguments, False)
+    if max(arguments) > (20_000 if name == r"\binom" else 5_000):
         raise OverflowError
-    whole = Fraction(n).denominator == Fraction(k).denominator == 1 and 0 <= k <= n
-    return math.comb(int(n), int(k)) if whole else None
-
-
-def _factorial(n):
-    if n is None or n < 0 or Fraction(n).denominator > 1:
+    if any(Fraction(n).denominator > 1 or n < 0 for n in arguments) or name == r"\Gamma":
         return None
-    if n > 5_000:
-        raise OverflowError
-    return math.factorial(int(n))
+    return math.comb(*map(int, arguments)) if name == r"\binom" else math.factorial(int(arguments[0]))
 
 
 def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int | Fraction | None:
     """The exact value of + - * / ^ ! % ( ) \\frac \\binom on numbers; None if there is anything else.
 
-    `percent` is what % multiplies by. OverflowError where a number would become longer than `_BITS`, or a sum be
+    `percent` is what % multiplies by. OverflowError where a number would become longer than `_BITS`, or a long sum be
     multiplied out: nobody writes that as an answer, and whoever works it out does not come back.
     """
+    if len(tokens) == 1:
+        return tokens[0].value
     depth = list(itertools.accumulate({"(": 1, ")": -1}.get(t.kind, 0) for t in tokens))
-    if depth and (max(depth) > _NESTED or depth[-1] or min(depth) < 0):
+    if not tokens or max(depth) > _NESTED or min(depth) < 0 or depth[-1]:
         return None
     place = 0
 
@@ -370,68 +387,51 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int
         place += 1
         return tokens[place - 1]
 
-    def group():  # ( sum )
+    def group():
         if kind() != "(":
             return None
         take()
-        value = total()
-        take()  # brackets are balanced, and a sum ends nowhere else
+        value = expression(1)
+        take()  # brackets are balanced, and nothing else ends an expression in them
         return value
 
-    def factor():  # number, group or function with what stands behind: ! % ^
-        sign = 1
-        while kind() and kind() in "+-":
-            sign = sign if take().kind == "+" else -sign
-        start, token = place, take() if kind() not in ("(", ")", "") else None
-        if token is None:
+    def expression(least: int):
+        """The value up to the first operator that binds less tightly than `least`."""
+        start = place
+        if kind() in ("", ")", "("):
             value = group()
-        elif token.kind == "f" and token.text == r"\frac":
-            above, below = group(), group()
-            value = Fraction(above) / below if below and above is not None else None
-        elif token.kind == "f":
-            value = _combinations(group(), group()) if "binom" in token.text else _factorial(group())
+        elif kind() in ("+", "-"):
+            sign = -1 if take().kind == "-" else 1
+            value = expression(3)  # -2^2 is -4
+            value = None if value is None else sign * value
+        elif kind() == "f":
+            name = take().text
+            value = _call(name, *(group() for _ in range(1 if name == r"\Gamma" else 2)))
         else:
-            value = token.value  # of anything else None
-        while kind() and kind() in "!%":
-            value = _factorial(value) if take().kind == "!" else value and value * percent
-        if kind() == "^":
-            is_sum = any(t.kind in "+-" for t in tokens[start:place])
-            take()
-            value = _power(value, factor(), is_sum)
-        return value if value is None else sign * value
-
-    def product():
-        value = factor()
-        while kind() not in ("", ")", "+", "-"):
-            operator, last = kind(), tokens[place - 1]
-            if operator in "*/":
+            value = take().value
+        while (binds := _BINDS.get(kind(), 2)) >= least:
+            if kind() == "!":
+                value = _call(take().kind, value)
+            elif kind() == "%":
                 take()
-            elif operator == "n" or last.end < tokens[place].start:  # 3 4 is no product, 3 (4) a remark, 3(4) is one
-                value = None
-            other = factor()
-            if value is None or other is None or (operator == "/" and not other):
-                value = None
-            else:
-                value = Fraction(value) / other if operator == "/" else value * other
+                value = _apply("*", value, percent, False)
+            elif kind() in "+-*/^":
+                is_sum = kind() == "^" and any(t.kind in "+-" for t in tokens[start:place])
+                operator = take().kind
+                value = _apply(operator, value, expression(binds + (operator != "^")), is_sum)
+            else:  # 3(4) is a product, 3 4 is none, and what stands apart as in 3 (4) is a remark
+                tight = kind() != "n" and tokens[place - 1].end == tokens[place].start
+                value = _apply("*", value if tight else None, expression(3), False)
         return value
 
-    def total():
-        value = product()
-        while kind() and kind() in "+-":
-            sign = 1 if take().kind == "+" else -1
-            other = product()
-            value = value + sign * other if value is not None and other is not None else None
-        if value is not None and Fraction(value).numerator.bit_length() > _BITS:
-            raise OverflowError
-        return value
-
-    return total() if tokens else None
+    return expression(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Answers. An answer is found in the completion, both answers are read (one spelling; name and unit apart), and the
 #    first kind that knows them compares them: number, base, option, word, interval. What is left is a formula: those go
 #    to math-verify, which may hang: only ever in worker processes, which die when their time is up.
+#    Not read, on purpose: decimals for a root or \pi, a unit's other unit (1.5 hours and 90 minutes), 42 for 52_8.
 
 SECONDS, MEMORY = 5, 4 << 30  # seconds and bytes for one comparison by math-verify
 LONGEST, BRACKETS = 400, 40  # characters, opened brackets of an answer; what has more, or deeper ones, is wrong without
@@ -444,7 +444,7 @@ _BOX = re.compile(r"\\(?:boxed|f(?:rame)?box)\s*(?=(\{|$))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TOLD = (  # where an answer is given without a box
     re.compile(r"<answer>(.{0,400}?)</answer>", re.S),
-    re.compile(r"####[ \t]*(?=\W*\d)([^\n]+)\s*(?:\Z|\n)"),
+    re.compile(r"####[ \t]*(?=\W*\d)([^\n]+)"),
     # what follows lies in a lookahead, since one such phrase may stand inside another
     re.compile(
         r"(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
@@ -499,7 +499,7 @@ def extract_answer(completion: str) -> str | None:
     one line, the whole of a short text that is no prose, the last number; None if there is nothing of all this.
 
     Only what stands behind </think> counts, if there is anything. A box that is never closed is no answer, and no
-    number inside it becomes one; an empty one is, as a bare "\\boxed", a mention of boxes if a filled one stands before.
+    number inside it becomes one; an empty one, or a bare "\\boxed", only speaks of boxes where a filled one stands.
     """
     text = characters(completion)
     text = text.rpartition("</think>")[2].strip() or text
@@ -522,35 +522,38 @@ def extract_answer(completion: str) -> str | None:
 
 # --- reading an answer: name = value unit ---
 
-_UNITS = {  # any word may stand behind a number; these contradict each other
-    name: names.split()[0]
+_UNITS = {  # nearly any word may stand behind a number; these, in any form, contradict each other
+    form: names.split()[0]
     for names in (
         "second sec s;minute min;hour hr h;day;week wk;month;year yr;cent;dollar usd buck;euro eur;millimeter mm"
-        ";centimeter cm;meter m;kilometer km;inch in;foot feet ft;yard yd;mile mi;milligram mg;gram g;kilogram kg;ton"
-        ";ounce oz;pound lb;milliliter ml;liter l;pint pt;quart qt;gallon gal;am;pm;north;south;east;west;percent"
-        ";fahrenheit;celsius;kelvin;radian rad;degree deg;joule j;newton n"
+        ";centimeter cm centimetre;meter m metre;kilometer km kilometre;inch in;foot feet ft;yard yd;mile mi;gram g"
+        ";milligram mg;kilogram kg;ton;ounce oz;pound lb;milliliter ml;liter l litre;pint pt;quart qt;gallon gal;am;pm"
+        ";north;south;east;west;percent;fahrenheit;celsius;kelvin;radian rad;degree deg;joule j;newton n;volt v;watt w"
     ).split(";")
     for name in names.split()
+    for form in (name, name + "s", name + "es")
 }
 _NO_UNIT = frozenset(  # words that change what a number says
-    "or and is are was not no to than from plus minus negative half halves third thirds "
-    "quarter quarters tens dozen dozens score scores squared cubed mod modulo maybe perhaps between twice double if "
-    "sin cos tan log ln exp sqrt remainder".split()
+    "or and is are was not no to than from plus minus negative half halves third thirds quarter quarters tens dozens"
+    " score scores squared cubed mod modulo maybe perhaps between twice double if sin cos tan log ln exp sqrt"
+    " remainder".split()
     + [f"{word}th{s}" for word in "four fif six seven eigh nin ten".split() for s in ("", "s")]
-    + [word + s for word in (*_TIMES, *_WORDS) for s in ("", "s")]
+    + [word + s for word in (*_SCALES, *_WORDS) for s in ("", "s")]
 )
-_LABEL = re.compile(
-    rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi\s)|(?<=\d[a-z])(?=\s)|{'|'.join(f'(?<={word})' for word in _TIMES)})\s*"
-    rf"(?!(?:{'|'.join(_TIMES)})\b)(?P<label>(?:/\s*)?(?:[^\W\d_]{{2,}}|[^\x00-\x7f]|[ap]\.\s?m|[a-z](?=/))(?:"
-    r"[^\d\\={}()\[\],<>^_+*!]|\^\s?\{?-?\d\}?|[_,](?=\d\d\d))*|\([A-Za-z ]{3,}\))\s*$"
+_LABEL = re.compile(  # words at the end, behind 5, } ), \pi, 3x or "million"
+    rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi\s)|(?<=\d[a-z])(?=\s)|{'|'.join(f'(?<={scale})' for scale in _SCALES)})\s*"
+    rf"(?!\s*(?:{_SCALE})\b)(?P<words>/?\s*(?:[^\W\d_]{{2,}}|[^\x00-\x7f]|[ap]\.\s?m|[a-z](?=/))"
+    r"(?:[^\d\\={}()\[\],<>^_+*!]|\^\s?\{?-?\d\}?)*|\([A-Za-z ]{3,}\))\s*$"
 )
-_FRONT = re.compile(r"^\s*(?:(\\\$|US\$|USD)|(euros|pounds sterling|yen|rupees|cents|Rs\.?|EUR))\s*(?=[\d.])")
 _MONEY = str.maketrans({"€": " euros ", "£": " pounds sterling ", "¥": " yen ", "₹": " rupees ", "¢": " cents "})
+_FRONT = re.compile(r"^\s*(?:\\\$|\$(?=[^$]*$)|US\$|(USD|EUR|euros|pounds sterling|yen|rupees|Rs\.?))\s*(?=[\d.])")
 _MODULO = re.compile(r"\s*\(?\s*\\?p?mod(?:ulo)?\s*[{(]?\s*(\w+)\s*[)}]?\s*\)?$")
 _WORDING = [
     (re.compile(pattern), by)
     for pattern, by in (
-        (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),
+        (r"\\?\$", ""),
+        (r"\\?%", " percent "),
+        (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
         (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
         (r"\s*,?\s+(?:and|or)\s+", ", "),
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
@@ -558,22 +561,21 @@ _WORDING = [
         (r"(?<=\{)\s+|\s+(?=\})", ""),
         (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)\s*", ""),
         (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
-        (r"\+\s*-", "-"),
-        (r"\+\s*\(\s*-([\d.]+)\s*\)", r"-\1"),
+        (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
         (r"^(?:\\approx|about\b|approximately\b|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
         (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2] or ""),
     )
 ]
+_EQUALS = re.compile(r"=|\\equiv(?![a-z])|\\in(?![a-z])")
 _INSIDE = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{?-1\}?|(?<=[\w}])\([\w, ]*\)$")  # of a name: m_{\max}, f^{-1}, f(2)
 _NO_NAME = re.compile(r"[\d^!<>]|\\(?:sqrt|log|ln|infty|pi|cup|mathbb|[lg]e)(?![a-z])")
-_EQUALS = re.compile(r"=|\\equiv(?![a-z])|\\in(?![a-z])")
 
 
 class Answer(typing.NamedTuple):
     text: str  # in one spelling, without name and unit
     value: int | Fraction | None  # exactly, of a number
-    unit: str  # what stood behind a number, or the money in front of it; "" for none
+    units: frozenset[str]  # those of _UNITS that stood behind it or, as money, in front
     name: str  # x of x = 5
     whole: str  # with the name
 
@@ -588,73 +590,59 @@ def _pieces(text: str) -> list[str]:
         else:
             pieces[-1] += sign
     pairs = [(p.replace(r"\pm", "+"), p.replace(r"\pm", "-")) if p.count(r"\pm") == 1 else (p,) for p in pieces]
-    return [
-        re.sub(r"^([\s(]*(?:\w+\s*=)?\s*)\+\s*", r"\1", p.replace(",+", ",")).strip() for pair in pairs for p in pair
-    ]
+    return [re.sub(r"(^|[=(,])\s*\+\s*", r"\1", piece).strip() for pair in pairs for piece in pair]
 
 
-def _unit_names(unit: str) -> set[str]:
-    """The known units in what stood behind a number."""
-    if unit.startswith("modulo"):
-        return {unit}
-    words = re.findall(r"[^\W\d_]+", re.sub(r"\b([ap])\.\s?m\b", r"\1m", unit.lower().replace("metre", "meter")))
-    names = (_UNITS.get(w) or _UNITS.get(w.removesuffix("s")) or _UNITS.get(w.removesuffix("es")) for w in words)
-    return {name for name in names if name}
+def _units(words: str) -> frozenset[str] | None:
+    """The known units among words behind a number: mile and hour of "miles per hour", none of "eggs left over".
+
+    None if the words are no unit: "or 6", "squared", "divided by two", x.
+    """
+    found = re.findall(r"[^\W\d_]+", re.sub(r"\b([ap])\.\s?m\b", r"\1m", words.lower()))
+    for word in found:
+        known = word in _UNITS and (len(word) > 1 or re.search("[/^]", words))
+        short = len(word) < 3 and word.isascii() and word not in ("of", "an", "at", "sq", "a")
+        if word in _NO_UNIT or re.match("[\u0370-\u03ff]", word) or (short and not known):
+            return None
+    return frozenset(_UNITS[word] for word in found if word in _UNITS) if found else None
 
 
-def _is_unit(label: str) -> bool:
-    """Whether words behind a number only say of what: eggs left over, km/h, square units, 元; not "or 6", "squared"."""
-    words = re.findall(r"[^\W\d_]+", label.replace("p.m", "pm").replace("a.m", "am"))
-    for word in words:
-        if word.lower() in _NO_UNIT or re.match("[\u0370-\u03ff]", word):
-            return False
-        known = word.lower() in _UNITS and (len(word) > 1 or re.search("[/^]", label))
-        if len(word) < 3 and word.isascii() and not known and word not in ("of", "an", "at", "sq", "a"):
-            return False
-    return bool(words)
+def _is_name(side: str) -> bool:
+    """Whether a side of an equation only names what the other side is: x, f(2), m_{\\max}, m+n, \\frac{a}{b}, Area."""
+    bare = _INSIDE.sub("", side)
+    return bool(re.search("[A-Za-z]", bare)) and not _NO_NAME.search(bare)
 
 
 @functools.lru_cache(4096)  # rollouts share their gold answers
 def _read(answer: str) -> Answer:
-    """An answer in one spelling, its name and unit apart; what is too long for one stays as it is."""
+    """An answer in one spelling, its name and units apart; what is too long for one stays as it is."""
     if len(answer) > LONGEST or (answer.isascii() and answer.isdigit()):
-        return Answer(answer, _value(answer), "", "", answer)
-    text, unit = spelled(answer.translate(_MONEY)), ""
-    if text.count("$") - text.count(r"\$") == 1:
-        text = text.replace("$", r"\$", 1)
+        return Answer(answer, _value(answer), frozenset(), "", answer)
+    text, units = spelled(answer.translate(_MONEY)), frozenset()
     if front := _FRONT.search(text):
-        text, unit = text[front.end() :], "dollar" if front[1] else front[2]
-    text = re.sub(r"\\?\$", "", text)
+        text, units = text[front.end() :], _units(front[1] or "dollars")
     for pattern, by in _WORDING:
         text = pattern.sub(by, text)
-    if found := _MODULO.search(text):
-        text, unit = text[: found.start()], f"modulo {found[1]}"
-    while found := re.search(r"\s*\\?%\.?$", text):
-        text, unit = text[: found.start()], "percent"
-    if (found := _LABEL.search(text)) and _is_unit(found["label"]):
-        if found.start() and (
-            text[found.start()].isspace() or not text[found.start()].isascii() or _unit_names(found[0])
-        ):
-            text, unit = text[: found.start()], f"{unit} {found['label']}".strip()
-    if not re.search(r"[(\[]|\\\{", text):
+    if modulo := _MODULO.search(text):
+        text, units = text[: modulo.start()], frozenset({f"modulo {modulo[1]}"})
+    if not re.search(r"[(\[]|\\\{", text):  # where (1,200) may be a pair
         text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    whole, names, values = ", ".join(_pieces(text)), [], []
-    for piece in _pieces(text):
+    pieces, names, values = _pieces(text), [], []
+    for piece in pieces:
         sides = [side.strip() for side in _EQUALS.split(re.sub(r"\\approx.*", "", piece))]
-        bare = [_INSIDE.sub("", side) for side in sides]
-        named = [bool(re.search("[A-Za-z]", side)) and not _NO_NAME.search(side) for side in bare]
-        rest = [side for side, name in zip(sides, named) if not name] if len(sides) > 1 else sides
-        rest = rest or sides[-1:]
-        names += [side for side, name in zip(sides, named) if name] if len(sides) > 1 else []
+        rest = [side for side in sides if len(sides) == 1 or not _is_name(side)] or sides[-1:]
         unknown = any(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", side)) for side in rest)
         if len(rest) > 1 and (unknown or len({_value(side) for side in rest} - {None}) > 1):  # an equation, or 5 = 6
-            names, values = [], [whole]
+            names, values = [], pieces
             break
+        names += [side for side in sides if side not in rest]
         values.append(rest[-1])
     text = ", ".join(values)
-    if (found := _LABEL.search(text)) and not unit and _is_unit(found["label"]) and text[found.start()].isspace():
-        text, unit = text[: found.start()], found["label"]
-    return Answer(text, _value(text), unit, ", ".join(dict.fromkeys(names)), whole)
+    label = _LABEL.search(text)
+    found = _units(label["words"]) if label else None
+    if found or (found is not None and (label[0][0].isspace() or not label[0].isascii())):  # 5kg, 12元, but not 5abc
+        text, units = text[: label.start()], units | found
+    return Answer(text, _value(text), units, ", ".join(dict.fromkeys(names)), ", ".join(pieces))
 
 
 def normal_form(answer: str) -> str:
@@ -669,9 +657,9 @@ def normal_form(answer: str) -> str:
 
 # --- comparing: each kind says True or False, or None where it does not know both answers ---
 
-_LINES = ("x", "y", "z")
-_BASE = re.compile(r"([0-9][0-9A-Fa-f]*)\s?_\s?\{?\s*(\w+)\s*\}?")
+_BASE = re.compile(r"([0-9][0-9A-F]*)\s?_\s?\{?\s*(\w+)\s*\}?", re.I)
 _RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
+_WITHOUT = re.compile(r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)")
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
     r"\W*(?:[Oo]ption\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
 )
@@ -682,10 +670,8 @@ def _value(text: str) -> int | Fraction | None:
     """The exact value of an answer that is arithmetic on plain numbers."""
     if text.isascii() and text.isdigit() and len(text) <= 80:
         return int(text)
-    if len(text) > LONGEST:
-        return None
     try:
-        return evaluate(_tokens(text))
+        return evaluate(_tokens(text)) if len(text) <= LONGEST else None
     except OverflowError:
         return None
 
@@ -704,11 +690,11 @@ def _numbers_equal(answer: Answer, gold: Answer) -> bool | None:
 
 
 def _bases_equal(answer: Answer, gold: Answer) -> bool | None:
-    """52_8 is neither 52 nor 52_9 (nor 42: it is not known which base was asked for)."""
+    """52_8 is neither 52 nor 52_9 (nor 42: which base was asked for is not known)."""
     sides = [_BASE.fullmatch(side.text) for side in (answer, gold)]
-    if not any(sides) or (not all(sides) and re.search("[A-Za-z]", (answer if sides[1] else gold).text)):
-        return None
-    return all(sides) and sides[0][1].upper() == sides[1][1].upper() and _value(sides[0][2]) == _value(sides[1][2])
+    if None in sides:
+        return None if sides == [None, None] or (answer if sides[1] else gold).value is None else False
+    return sides[0][1].upper() == sides[1][1].upper() and _value(sides[0][2]) == _value(sides[1][2])
 
 
 def _options_equal(answer: Answer, gold: Answer) -> bool | None:
@@ -719,18 +705,17 @@ def _options_equal(answer: Answer, gold: Answer) -> bool | None:
 def _words_equal(answer: Answer, gold: Answer) -> bool | None:
     """Words, times and ratios are equal or not: math-verify would multiply the letters."""
     words = re.fullmatch(r"(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z' -]+|\d+(?::\d+)+", gold.text)
-    return " ".join(answer.text.lower().split()) == " ".join(gold.text.lower().split()) if words else None
+    return answer.text.lower().split() == gold.text.lower().split() if words else None
 
 
 def _interval(text: str) -> str:
     """Values of x as intervals: x > 3 is (3, \\infty), 1 < x \\le 2 is (1, 2], \\mathbb{R}\\setminus\\{2\\} is
     (-\\infty, 2)\\cup(2, \\infty); "or" is a union; other texts stay as they are."""
-    if (pieces := _pieces(text)) and len(pieces) > 1:
+    pieces = _pieces(text)
+    if len(pieces) > 1:
         found = [_interval(piece) for piece in pieces]
-        return r"\cup".join(found) if not set(found) & set(pieces) else text
-    if points := re.fullmatch(
-        r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)", text
-    ):
+        return text if set(found) & set(pieces) else r"\cup".join(found)
+    if points := _WITHOUT.fullmatch(text):
         ends = sorted(_pieces(points[1] or points[2]), key=lambda point: _value(point) or 0)
         return r"\cup".join(f"({a}, {b})" for a, b in itertools.pairwise([r"-\infty", *ends, r"\infty"]))
     parts = _RELATION.split(text)  # value, sign, value, ...
@@ -748,25 +733,25 @@ def _interval(text: str) -> str:
 
 def _intervals_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
     """Where a side is an inequality or leaves points out; two intervals are formulas."""
-    sides = [_interval(side.text) for side in (answer, gold)]
-    return None if sides == [answer.text, gold.text] else _formulas_equal(*(Answer(s, None, "", "", s) for s in sides))
+    sides = [side._replace(text=_interval(side.text)) for side in (answer, gold)]
+    return None if sides == [answer, gold] else _formulas_equal(*sides)
 
 
 def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     """What is left for math-verify, unless it would cost too much or only one side has letters (not \\pi, e or i)."""
-    equations = "=" in gold.text or ("=" in answer.text and bool(gold.name))
-    if "=" in answer.text and not equations:  # 5 = 6
+    if "=" in gold.text or ("=" in answer.text and gold.name):  # equations, of which one may be y = 2x
+        sides = answer.whole, gold.whole
+    elif "=" in answer.text:  # 5 = 6
         return False
-    sides = [side.whole if equations else side.text for side in (answer, gold)]
-    letters = [
-        bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", side))) for side in sides
-    ]
+    else:
+        sides = answer.text, gold.text
+    letters = [re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", side)) for side in sides]
     try:
         for side in sides:
             evaluate(_tokens(side))
     except OverflowError:
         return False
-    return False if letters == [True, False] else tuple(sides)
+    return False if letters[0] and not letters[1] else sides
 
 
 _KINDS = (_numbers_equal, _bases_equal, _options_equal, _words_equal, _intervals_equal, _formulas_equal)
@@ -782,12 +767,11 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
         return False
     found = boxes(gold)
     answer, gold = _read(answer), _read((found[-1][2] or "") if found else gold)
-    units = [_unit_names(side.unit) for side in (answer, gold)]
-    if not gold.text or (all(units) and not units[0] & units[1]):  # 10 cents and 10 dollars, a.m. and p.m.
+    if not gold.text or (answer.units and gold.units and not answer.units & gold.units):  # 10 cents and 10 dollars
         return False
     if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
-    if answer.name != gold.name and answer.name in _LINES and gold.name in _LINES:  # x = 3 and y = 3
+    if answer.name != gold.name and {answer.name, gold.name} <= {"x", "y", "z"}:  # the lines x = 3 and y = 3
         return False
     if answer.text == gold.text:
         return True
@@ -890,15 +874,24 @@ def verify(completion: str, gold: str) -> bool:
 
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
 SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
-_MOST = 1000  # results of a text that are compared: more would take more than linear time
-_LONG = 200  # tokens of a side of an equation
+_MOST, _LONG = (
+    1000,
+    200,
+)  # results of a text, tokens of a side: more are not looked at, it would take more than linear time
+
+# --- arithmetic statements: a statement is false only where no reading of it is true ---
 
 _ANNOTATION = re.compile("<<([^<>]*)>>")  # GSM8K's 48/2 = <<48/2=24>>24
 _NOT_BEFORE = frozenset("of half twice double third quarter sin cos tan log ln sqrt percent".split())
-_NOT_AFTER = frozenset("more less fewer greater percent half halves thirds quarters mod modulo".split()) | set(_TIMES)
-_NO_WORDS = _NO_UNIT | set("times more less fewer greater of am pm cent cents because since so then thus hence when with which as but that we he she it they the a an who his her their its this these".split())
-_W = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, miles per hour; in "= 90 km = 90,000 m" they matter
-_UNIT_WORDS = re.compile(rf"(?<=[n)%]){_W}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_W}(?=[=~])")
+_NOT_AFTER = frozenset("more less fewer greater percent half halves thirds quarters mod modulo".split()) | set(_SCALES)
+_NO_THING = _NO_UNIT | set(  # words behind a number that are not what is counted
+    "times more less fewer greater of am pm cent cents because since so then thus hence when with which as but that we"
+    " he she it they the a an who his her their its this these".split()
+)
+_THINGS = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, cups of tea, miles per hour
+_COUNTED = re.compile(  # not the km of "= 90 km = 90,000 m"
+    rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_THINGS}(?=[=~])"
+)
 
 
 class Statement(typing.NamedTuple):
@@ -910,14 +903,48 @@ class Statement(typing.NamedTuple):
     end: int
 
 
+def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
+    """The numbers and signs of 3 boxes * 8 pens = ..., $2/egg, 60 miles per hour; "20% of", "2/3 of" become times.
+
+    Numbers that only stand beside each other are kept apart by a token of the kind "_".
+    """
+    kinds = "".join("wo?"[1 + (t.text != "of")] if t.text.lower() in _NO_THING else t.kind for t in tokens)
+    spans = []  # of words that say what is counted, and the known units among them
+    for m in _COUNTED.finditer(kinds):
+        units = {_UNITS[t.text.lower()] for t in tokens[m.start() : m.end()] if t.text.lower() in _UNITS}
+        if units or m[0][0] == "/" or tokens[m.start() - 1].end < tokens[m.start()].start:  # not the h of 3h
+            spans.append((*m.span(), units))
+    left_out = {i for start, end, _ in spans for i in range(start, end)}
+    for (a, b, one), (c, d, other) in itertools.pairwise(spans):
+        if c == b + 2 and kinds[b] in "+-" and one and other and not one & other:  # 2 hours + 30 minutes
+            left_out -= {*range(a, b), *range(c, d)}
+    kept, depth = [], 0
+    for i, token in enumerate(tokens):
+        if i in left_out:
+            continue
+        before = "".join(t.kind for t in kept[-4:])
+        if token.text == "of" and before[-1:] == "w" and kept[-1].text.lower() not in _NO_THING:
+            token = token._replace(text="total of")
+        elif token.text == "of" and re.search("(?<!=)(?<!=n)(?:%|n/n)$", before) and before != "=n/n":
+            token = token._replace(kind="*")
+        elif before[-1:] in ("n", ")") and depth >= 0 and token.kind in "n(f" and kept[-1].end < token.start:
+            kept.append(Token("_", token.kind, token.start, token.start, None))
+        depth += {"(": 1, ")": -1}.get(token.kind, 0)  # below 0 behind the 1) of a list
+        kept.append(token)
+    return kept
+
+
 def _values(side: list[Token]) -> list[int | Fraction]:
-    """What a side of an equation may be worth: 20% is 20 or 0.2, "$16 million" may be millions. Nothing if it is no
-    arithmetic."""
+    """What a side may be worth: 20% is 20 or 0.2, "$16 million" may count millions. Nothing if it is no arithmetic."""
     if len(side) > _LONG:
         return []
-    bare = [t._replace(value=_number(t.text.split()[0])) if t.kind == "n" and " " in t.text else t for t in side]
+    readings = [(side, 1)]
+    if any(t.text.rpartition(" ")[2].lower() in _SCALES for t in side):
+        readings.append(([t._replace(value=_number(t.text.split()[0])) if t.kind == "n" else t for t in side], 1))
+    if any(t.kind == "%" for t in side):
+        readings += [(of, Fraction(1, 100)) for of, _ in readings]
     try:
-        values = [evaluate(of, percent) for of in (side, bare) for percent in (1, Fraction(1, 100))]
+        values = [evaluate(*reading) for reading in readings]
     except OverflowError:
         return []
     return [value for value in dict.fromkeys(values) if value is not None]
@@ -943,7 +970,8 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
         if left:
             pairs = [(a, b) for a in left for b in values]
             held = [pair for pair in pairs if _holds(*pair, side, divides, nearly)]
-            if not held and len(side) > 1 and side[0].end + 2 < side[1].start and side[0].value in left:
+            carried = len(side) > 1 and (side[0].end + 2 < side[1].start or side[1].text[0].isalpha())
+            if not held and carried and side[0].value in left:
                 left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
             found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
         elif any(t.kind in "+-*/^!f" for t in side[1:]) or side[0].kind == "f":  # more than a number with its sign
@@ -977,38 +1005,38 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     return not touches and (beside.kind == "w" or beside.text in "(){}<>")
 
 
-def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
-    """3 boxes * 8 pens = ..., $2/egg, 60 miles per hour: the numbers and signs alone. "20% of" and "2/3 of" are times."""
-    kinds = "".join(
-        ("o" if t.text == "of" else "?") if t.kind == "w" and t.text.lower() in _NO_WORDS else t.kind for t in tokens
-    )
-    left_out, last, span = set(), (0, set()), ()
-    for found in _UNIT_WORDS.finditer(kinds):
-        start, end = found.span()
-        names = {_UNITS.get(t.text.lower().removesuffix("s"), "") for t in tokens[start:end]} - {""}
-        if start == last[0] + 2 and kinds[last[0]] in "+-" and names and last[1] and not names & last[1]:
-            left_out.difference_update(range(*span))  # 2 hours + 30 minutes
-        elif tokens[start - 1].end < tokens[start].start or names or kinds[start] == "/":  # not the h of 3h
-            left_out.update(range(start, end))
-        last, span = (end, names), (start, end)
-    kept, depth = [], 0
-    for i, token in enumerate(tokens):
-        if i in left_out:
-            continue
-        before = "".join(t.kind for t in kept[-4:])
-        if token.text == "of" and before.endswith("w") and kept[-1].text.lower() not in _NO_WORDS:
-            token = token._replace(text="total of")
-        elif (
-            token.text == "of"
-            and (before.endswith("%") or before.endswith("n/n"))
-            and not re.search("=n(?:/n|%)$", before)
-        ):
-            token = token._replace(kind="*")
-        elif before[-1:] in ("n", ")") and depth >= 0 and token.kind in "n(f" and kept[-1].end < token.start:
-            kept.append(Token("_", token.kind, token.start, token.start, None))
-        depth += {"(": 1, ")": -1}.get(token.kind, 0)  # below 0 behind the 1) of a list
-        kept.append(token)
-    return kept
+def _first_side(tokens: list[Token], start: int, sign: int, second: list[Token]) -> list[Token]:
+    """What stands between `start` and the first equality sign, if it is a side of its own."""
+    side = _within(tokens[start:sign][::-1], ")", "(")[::-1]
+    before, equals = tokens[sign - len(side) - 1], tokens[sign]
+    if len(side) > 1 and side[0].kind in "-+*/^!%":
+        # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
+        item = side[0].end < side[1].start
+        side = side[item:] if before.kind == ";" and side[0].kind in "-*" else []
+    if not side or not _alone(side, before, left=True):
+        return []
+    kinds, tight = "".join(t.kind for t in side), len(side) > 1 and side[0].end == side[1].start
+    in_words, counted = equals.text[0].isalpha(), equals.start > side[-1].end + 2  # "is"; a unit stands between
+    share = kinds in ("n/n", "f(n)(n)") and side[1].text != "divided by" and (in_words or (counted and tight))
+    if share or (in_words and any(t.kind in "+-*/^" for t in second[1:])):
+        return []  # "2/5 is equal to 12 eggs", "1/4 cup = ...", "50% of 8 is 0.5*8 = 4"
+    if kinds.startswith("n-n") and before.kind == "w":
+        if tight and kinds == "n-n" and side[0].value < side[2].value:
+            return []  # "days 1-3 = 6 sweets"
+        if not tight and set(_values(side[2:])) & set(_values(second)):
+            return side[2:]  # "Step 1 - 3+4 = 7"
+    return side
+
+
+def _last_side(tokens: list[Token], sign: int, end: int) -> list[Token]:
+    """What stands between the last equality sign and `end`, if it is a side of its own."""
+    side = _within(tokens[sign + 1 : end], "(", ")")
+    while side and side[-1].kind == "!":  # "= 42!" at the end of a sentence
+        side = side[:-1]
+    i = sign + len(side) + 1
+    behind = " ".join(t.text for t in tokens[i : i + 3])  # 1 (mod 12), 20% of 50
+    part = re.match(r"[( ]*\\?p?mod", behind) or (side and side[-1].kind == "%" and behind.startswith("of"))
+    return side if side and not part and _alone(side, tokens[i], left=False) else []
 
 
 def _scan(text: str) -> list[Statement]:
@@ -1017,42 +1045,11 @@ def _scan(text: str) -> list[Statement]:
     found, tokens = [], [edge, *_without_units(_tokens(text)), edge, edge, edge]
     for run in re.finditer("[-n+*/^!%()f=~]+", "".join(t.kind for t in tokens)):
         signs = [k for k in range(*run.span()) if tokens[k].kind in "=~"]
-        if not signs:
-            continue
-        sides = [tokens[a + 1 : b] for a, b in itertools.pairwise([run.start() - 1, *signs, run.end()])]
-        first = _within(sides[0][::-1], ")", "(")[::-1]
-        last = _within(sides[-1], "(", ")")
-        while last and last[-1].kind == "!":  # "= 42!" at the end of a sentence
-            last = last[:-1]
-        before, i = tokens[signs[0] - len(first) - 1], signs[-1] + len(last) + 1
-        if len(first) > 1 and first[0].kind in "-+*/^!%":
-            # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
-            item = first[0].end < first[1].start
-            first = first[item:] if before.kind == ";" and first[0].kind in "-*" else []
-        kinds = "".join(t.kind for t in first)
-        tight = kinds.startswith("n-n") and first[0].end == first[1].start
-        label = (
-            kinds == "n-n" and tight and before.kind == "w" and first[0].value < first[2].value
-        )  # days 1-3 = 6 sweets
-        # "2/5 is equal to 12 eggs", "1/4 cup = ..."
-        sign = tokens[signs[0]]
-        # "2/5 is equal to 12 eggs", "1/4 cup = ...", "50% of 8 is 0.5*8 = 4"
-        share = kinds in ("n/n", "f(n)(n)") and (
-            sign.text[0].isalpha() or (sign.start > first[-1].end + 2 and first[0].end == first[1].start)
-        )
-        share = share and first[1].text != "divided by"
-        share = share or (sign.text[0].isalpha() and len(signs) > 1 and any(t.kind in "+-*/^" for t in sides[1][1:]))
-        if first and (share or label or not _alone(first, before, left=True)):
-            first = []
-        behind = " ".join(t.text for t in tokens[i : i + 3])  # 1 (mod 12), 20% of 50
-        remark = re.match(r"[( ]*\\?p?mod", behind) or (last and last[-1].kind == "%" and behind.startswith("of"))
-        if last and (remark or not _alone(last, tokens[i], left=False)):
-            last = []
-        sides, near = [first, *sides[1:-1], last], [tokens[k].kind == "~" for k in signs]
-        statements = _chain(sides, near)
-        if kinds.startswith("n-n") and not tight and before.kind == "w" and not all(s.holds for s in statements):
-            statements = _chain([first[2:], *sides[1:]], near)  # "Step 1 - 3+4 = 7"
-        found += statements
+        if signs:
+            inner = [tokens[a + 1 : b] for a, b in itertools.pairwise(signs)]
+            last = _last_side(tokens, signs[-1], run.end())
+            first = _first_side(tokens, run.start(), signs[0], (inner or [last])[0])
+            found += _chain([first, *inner, last], [tokens[k].kind == "~" for k in signs])
     return found
 
 
@@ -1066,8 +1063,8 @@ def statements(text: str) -> tuple[Statement, ...]:
     """Arithmetic statements: 15+3=18, "39 plus sixteen is thirty-five", <<48/2=24>>, 3 boxes * 8 pens = 24 pens, 20% of
     50 = 10, \\frac{12}{4} \\times \\$2 = \\$6, 10/3 \\approx 3.33.
 
-    What is not clearly one is skipped: variables, roots, remainders of a division, numbers with a word that changes
-    them, sides of more than `_LONG` tokens. Source: our reconstruction.
+    What is not clearly one is skipped: variables, roots, numbers with a word that changes them, sides of more than
+    `_LONG` tokens. Source: our reconstruction.
     """
     text = spelled(text)
     found = _scan(_unannotated(text))
@@ -1093,9 +1090,8 @@ def _numbers(text: str) -> list[tuple[int, int | Fraction]]:
 
 def _free_numbers(text: str) -> list[tuple[int, int | Fraction]]:
     """Those of `_numbers` that are no part of a statement."""
-    found = statements(text)
+    found, free = statements(text), []
     starts, ends = [s.position for s in found], list(itertools.accumulate((s.end for s in found), max))
-    free = []
     for start, value in _numbers(_unannotated(spelled(text))):
         i = bisect.bisect_right(starts, start)
         if not i or ends[i - 1] <= start:  # no statement reaches over it
@@ -1121,24 +1117,30 @@ def fidelity(expert: str, rewrite: str) -> float:
     return row[-1] / len(wanted) if wanted else 1.0
 
 
+# --- words and shares of words ---
+
 _SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation)"
 _SOURCE = re.compile(  # in lower case, with single spaces
-    r"\b(?:(?:given|provided|original|reference|expert|above|sample|model|teacher|worked)(?:['’]s)? "
-    + rf"{_SOLUTION}|previous solution|(?:known|stated|expected) (?:final )?answer|answer key"
-    + rf"|{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|the reference\b(?! to)"
-    + rf"|(?:as|in|from|following|per|see) the {_SOLUTION}(?! (?:to|of|for|set)\b)(?=,| \w)"
-    + rf"|the solution (?:shows?|says?|states?|uses?|gives?|tells?|does|did|writes?|computes?|multipl\w+|starts?|begins?)"
-    + rf"|the original(?=[,.:;])|the expert\b|you (?:gave|showed|provided|sent)|(?:stated|shown|given) in the {_SOLUTION}|{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)"
-    + rf"|back(?:wards?)? from the {_SOLUTION}|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}"
-    + r"|(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing|version)\b|rewritten version|paraphras\w+"
-    + r"|in (?:my|your) own words|as if (?:i|you) had|i was (?:shown|given)"
-    + rf"|according to the (?:{_SOLUTION}|teacher|expert)|teacher['’]s \w+"
-    + r"|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*)\b"
+    rf"""\b(?:
+    (?:given|provided|original|reference|expert|above|sample|model|teacher|worked)(?:['’]s)?[ ]{_SOLUTION}
+    |previous[ ]solution|(?:known|stated|expected)[ ](?:final[ ])?answer|answer[ ]key
+    |{_SOLUTION}[ ](?:above|provided|given)|the[ ]steps?[ ](?:provided|given)|the[ ]reference\b(?![ ]to)
+    |(?:as|in|from|following|per|see|to)[ ]the[ ](?!answer|text){_SOLUTION}(?![ ](?:to|of|for|set)\b)
+    |as[ ]the[ ]answer[ ]\w+
+    |the[ ]solution[ ](?:shows?|says?|states?|uses?|gives?|tells?|did|writes?|computes?|multipl\w+|starts?)
+    |the[ ]original(?=[,.:;])|the[ ]expert|you[ ](?:gave|showed|provided|sent)
+    |(?:stated|shown|given)[ ]in[ ]the[ ]{_SOLUTION}|back(?:wards?)?[ ]from[ ]the[ ]{_SOLUTION}
+    |{_SOLUTION}[ ](?:that[ ])?(?:i|we)[ ](?:was|were|am|are)[ ](?:given|shown)
+    |(?:rewrit|rephras|paraphras|reword)\w*[ ](?:(?:of[ ])?(?:the|this|your)[ ])?{_SOLUTION}
+    |(?:my|the|a|your)[ ](?:rewrite|rewriting|rewording|rephrasing|version)|rewritten[ ]version|paraphras\w+
+    |in[ ](?:my|your|our)[ ]own[ ]words|as[ ]if[ ](?:i|you)[ ]had|i[ ]was[ ](?:shown|given)
+    |according[ ]to[ ]the[ ](?:{_SOLUTION}|teacher|expert)|teacher['’]s[ ]\w+
+    |(?:the|my|our)[ ]teacher[ ](?:\w+[ ])?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*
+    )\b""",
+    re.X,
 )
 _STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
-_ALONE = re.compile(
-    r"(?:\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals)[\s*$\\]*|[#*]{2,}\s*\$?)\Z", re.I
-)
+_RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals)[\s*$\\]*\Z", re.I)
 _OR = re.compile(r"\bor\b", re.I)
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
@@ -1182,7 +1184,10 @@ def _early(problem: str, rewrite: str, answer: str) -> bool:
     if value is None or not claims or value in {number for _, number in _numbers(spelled(problem))}:
         return False
     front = [start for start, number in _free_numbers(rewrite) if number == value and start < claims[0].position]
-    told = any(_ALONE.search(rewrite, 0, start) for start in front)
+    lines = [rewrite[rewrite.rfind("\n", 0, start) + 1 :].partition("\n")[0] for start in front]
+    told = any(_RESULT.search(rewrite, 0, start) for start in front)  # "The result is 7", or 7 alone on a line
+    told = told or not all(re.search("[A-Za-z+*/=]", line) for line in lines)
+    # without such words small numbers may count anything
     return told or (bool(front) and abs(value) > 12 and claims[0].right != value)
 
 

@@ -134,17 +134,17 @@ def test_normal_form_keeps_apart_what_differs():
 def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     monkeypatch.setattr(reward, "SECONDS", 1.5)
     monkeypatch.setitem(reward.FAILURES, "timeouts", 0)
-    slow = r"\boxed{e^{\pi^{e^{\pi^{e}}}}}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
-    completions = [slow, r"\boxed{x+1}", r"\boxed{e^{\pi^{e^{\pi^{e}}}}+1}", r"\boxed{1+y}", r"\boxed{7}", slow]
+    slow = r"\boxed{(w+x+y+z)^{99}}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
+    completions = [slow, r"\boxed{x+1}", r"\boxed{(w+x+y+z)^{99}+1}", r"\boxed{1+y}", r"\boxed{7}", slow]
     verdicts = []
     thread = threading.Thread(
-        target=lambda: verdicts.extend(reward.verify_all(completions, ["10", "1+x"] * 2 + ["7", "10"]))
+        target=lambda: verdicts.extend(reward.verify_all(completions, ["x+10", "1+x"] * 2 + ["7", "x+10"]))
     )
     thread.start()
     thread.join(60)
     assert verdicts == [False, True, False, False, True, False]
     assert reward.FAILURES["timeouts"] == 2
-    assert r"\\pi^{e^" in capfd.readouterr().err
+    assert "(w+x+y+z)^{99}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -182,18 +182,28 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
         ("5 - -3 = 8", [(8, 8)]),
         ("12–2=10, and 3+4 is equal to 7", [(10, 10), (7, 7)]),
         ("4/6=2/3", [(Fraction(2, 3), Fraction(2, 3))]),
+        ("2^3+1=9, 4!=24 and \\binom{5}{2}=10", [(9, 9), (24, 24), (10, 10)]),
+        ("2(3+4)=14, (2+3)*4=20 and 5(4) -6 + 4 = 18", [(14, 14), (20, 20), (18, 18)]),
+        ("16 eggs - 3 - 4 = 9", [(9, 9)]),
+        ("3 boxes × 8 pens/box = 25 pens", [(24, 25)]),
+        ("\\[ 8 \\text{ eggs} \\times \\$2/\\text{egg} = \\$17 \\]", [(16, 17)]),
+        ("20% of 50+1=11", [(11, 11)]),
+        ("$16 + 12 = $28 million", [(28, 28)]),
+        ("$16 million + $12 million = $28 million", [(28000000, 28000000)]),
+        ("10/3 \\approx 4", [(Fraction(10, 3), 4)]),
+        ("6+8=2(7)", [(14, 14)]),
+        ("12 x 1 and 1/4 = 15, 25 / 1/3 = 75", [(15, 15), (75, 75)]),
         # no statement of its own
+        ("2 hours + 30 minutes = 150 minutes", []),
+        ("1.5 * 60 = 90 km = 90,000 m", [(90, 90)]),
         ("x+2=7, 3x+4=5, 2y=6+1", []),
-        ("2^3+1=9 and a_1+2=3", []),
-        ("16 eggs - 3 - 4 = 9", []),
-        ("2(3+4)=14 and (2+3)*4=20", []),
-        ("20% of 50+1=11, half of 6+2=4", []),
+        ("a_1+2=3 and x^2+1=9", []),
+        ("half of 6+2=4", []),
         ("5 + 3 is 2 more than 6", []),
         ("8+4=2 \\pmod{10}", []),
         ("2+3=5x", []),
-        ("5(4) -6 + 4 = 18", []),
         ("Day 1 = 18", []),
-        ("6+8=2(7) and 1+2+\\cdots+4=10", []),
+        ("1+2+\\cdots+4=10", []),
         ("She fourteens 3+4 islands, 3timesheet 4 = 12", []),
         ("1/0=5", []),
         ("2/5 is equal to 12 eggs", []),

@@ -1,0 +1,338 @@
+"""Answers and rewrites by kind: how real models and real data sets write them, and what only looks like it."""
+
+import pytest
+
+import reward
+
+# completion, gold answer; one line a case, "|||" between the two
+RIGHT = r"""
+\boxed{1011_2} ||| 1011_{2}
+\boxed{2B_{16}} ||| 2b_{16}
+\boxed{4210_{\text{five}}} ||| 4210_5
+\boxed{\text{4210}_5} ||| 4210_5
+\boxed{2^{-97}} ||| 1/2^{97}
+\boxed{e^{-50}} ||| e^{-50}
+\boxed{\frac{1}{e^{50}}} ||| e^{-50}
+<think>so \boxed{7}</think> The answer is 8. ||| 8
+<think>hm 8</think> \boxed{7} ||| 7
+\boxed{11,111,111,100} ||| 11,\! 111,\! 111,\! 100
+\boxed{(5,\infty)} ||| x \in (5,\infty)
+\boxed{1000\pi} ||| 1{,}000\pi
+\boxed{1,000\pi} ||| 1{,}000\pi
+\boxed{\frac{20000}{\pi}} ||| \frac{20{,}000}{\pi}
+\boxed{\begin{pmatrix}1\\[4pt]2\end{pmatrix}} ||| \begin{pmatrix}1\\2\end{pmatrix}
+\boxed{x\leqslant 3} ||| (-\infty,3]
+\boxed{(-\infty,2)\cup(3,\infty)} ||| x<2 \text{ or } x>3
+\boxed{x<2\text{ or }x>3} ||| (-\infty,2)\cup(3,\infty)
+\boxed{x>3 or x<2} ||| (-\infty,2)\cup(3,\infty)
+\boxed{x \neq 2} ||| (-\infty,2)\cup(2,\infty)
+\boxed{(-\infty,2)\cup(2,\infty)} ||| \mathbb{R}\setminus\{2\}
+\boxed{\mathbb{R} \setminus \{-1, 2\}} ||| (-\infty,-1)\cup(-1,2)\cup(2,\infty)
+\boxed{m+n = 113} ||| 113
+\boxed{\text{Area} = 12} ||| 12
+\boxed{\text{Area} = 12\text{ cm}^2} ||| 12
+\boxed{f^{-1}(3)=2} ||| 2
+\boxed{\frac{a}{b}=\frac23} ||| \frac{2}{3}
+\boxed{m_{\max}=n^2-n-1} ||| n^2-n-1
+\boxed{(a,b,c)=(1,2,3)} ||| (1,2,3)
+\boxed{\angle A = 40^\circ} ||| 40
+\boxed{S_{10} = 55} ||| 55
+\boxed{P(A \cap B) = \frac{1}{4}} ||| \frac14
+\boxed{|AB| = 5} ||| 5
+\boxed{\triangle ABC = 6} ||| 6
+\boxed{5\text{ children}} ||| 5
+\boxed{5 men} ||| 5
+\boxed{5 sheep} ||| 5
+\boxed{5 Hours} ||| 5
+\boxed{1 apple} ||| 1
+\boxed{\$5} ||| 5
+\boxed{5\$} ||| 5
+\boxed{€5} ||| 5
+\boxed{5 €} ||| 5
+\boxed{£5.50} ||| 5.5
+\boxed{5 USD} ||| 5
+\boxed{USD 5} ||| 5
+\boxed{₹500} ||| 500
+\boxed{5{\rm\ cm}} ||| 5
+\boxed{5\,\rm{cm}} ||| 5
+\boxed{25^\circ\text{C}} ||| 25
+\boxed{25°C} ||| 25
+\boxed{5\text{ V}} ||| 5
+\boxed{5\text{ A}} ||| 5
+\boxed{10\text{ W}} ||| 10
+\boxed{9.8\ \mathrm{m/s^2}} ||| 9.8
+\boxed{9.8\ \mathrm{m}\,\mathrm{s}^{-2}} ||| 9.8
+\boxed{120\text{ km h}^{-1}} ||| 120
+\boxed{3x\text{ dollars}} ||| 3x
+\boxed{2\sqrt{5}\text{ units}} ||| 2\sqrt{5}
+The answer is 18 eggs in total. ||| 18
+So the answer is 7 (seven). ||| 7
+The answer is 42! ||| 42
+#### 42 which is what was asked for. ||| 42
+#### 42 apples ||| 42
+So the correct option is (C). ||| C
+The correct choice is (C) ||| C
+Therefore, the answer is (C) 12. ||| C
+The final answer is $\sqrt{2}$, which is about 1.41. ||| \sqrt{2}
+答案：12 ||| 12
+答案是 12。 ||| 12
+答案为12个 ||| 12
+\boxed{１２} ||| 12
+\boxed{（3，4）} ||| (3,4)
+\boxed{√3} ||| \sqrt{3}
+\boxed{2√3} ||| 2\sqrt{3}
+\boxed{√(3)} ||| \sqrt{3}
+\boxed{√21/5} ||| \frac{\sqrt{21}}{5}
+\boxed{½} ||| 0.5
+\boxed{3½} ||| 3.5
+\boxed{±3} ||| 3, -3
+\boxed{x²+1} ||| x^2+1
+\boxed{x¹²} ||| x^{12}
+\boxed{0.\overline{27}} ||| \frac{3}{11}
+\boxed{0.1\overline{6}} ||| 1/6
+\boxed{0.1666...} ||| 1/6
+\boxed{0.333...} ||| 1/3
+\boxed{2**10} ||| 1024
+\boxed{\text{twelve}} ||| 12
+\boxed{twenty-one} ||| 21
+\boxed{\text{forty two}} ||| 42
+\boxed{2.5 million} ||| 2500000
+\boxed{2.5\text{ million dollars}} ||| 2500000
+\boxed{3\text{ dozen}} ||| 36
+\boxed{6+(-5)i} ||| 6-5i
+\boxed{\text{Option C}} ||| C
+\boxed{E: a longer text} ||| E
+\framebox{42} ||| 42
+\boxed{42} \boxed{} ||| 42
+\boxed{50\%} ||| 50
+\boxed{10:30\text{ AM}} ||| 10:30\text{ a.m.}
+\boxed{7} ||| 7\text{ p.m.}
+\boxed{100!} ||| 100!
+\boxed{99!\cdot100} ||| 100!
+\boxed{10^{100}} ||| 10^{100}
+\boxed{\log 100} ||| 2
+\boxed{5 \pmod{7}} ||| 5
+\boxed{n \equiv 3 \pmod{5}} ||| 3 \pmod 5
+\boxed{\frac{3}{4}\text{ cup}} ||| 3/4
+\boxed{1\frac{1}{2}\text{ cups}} ||| 1.5
+\boxed{1 and 1/2} ||| 1.5
+\boxed{1,2,3} ||| \{1,2,3\}
+\boxed{a, b} ||| b, a
+\boxed{-\infty} ||| -\infty
+\boxed{2\pi r} ||| 2\pi r
+\boxed{12 sq. ft.} ||| 12
+\boxed{3 dollars and 25 cents} ||| \$3.25
+\boxed{\text{Monday}} ||| Monday
+\boxed{\text{No solution}} ||| \text{no solution}
+\boxed{\emptyset} ||| \varnothing
+\boxed{\{\}} ||| \emptyset
+\boxed{x=1 \text{ and } y=2} ||| (1,2)
+\boxed{5\text{ times}} ||| 5
+\boxed{5 per day} ||| 5
+\boxed{3 more} ||| 3
+\boxed{about 5} ||| 5
+\boxed{x^{100}} ||| x^{100}
+\boxed{x^{50}\cdot x^{50}} ||| x^{100}
+\boxed{(1+x)^{10}} ||| (x+1)^{10}
+\boxed{\dbinom{5}{2}} ||| 10
+\boxed{{5 \choose 2}} ||| 10
+\boxed{12\text{~cm}} ||| 12
+\boxed{12~\text{cm}} ||| 12
+\boxed{\text{The answer is } 12} ||| 12
+\boxed{12\;\text{apples}} ||| 12
+\boxed{12.} ||| 12
+\boxed{Yes} ||| yes
+\boxed{True} ||| true
+\boxed{3:2} ||| 3:2
+\boxed{1/2+1/3} ||| 5/6
+"""
+WRONG = r"""
+\boxed{5\text{ divided by }2} ||| 5
+\boxed{5\text{ divided by two}} ||| 5
+\boxed{5 (or perhaps six)} ||| 5
+\boxed{16\text{ ounces}} ||| 16\text{ pounds}
+\boxed{16\text{ oz}} ||| 16\text{ lb}
+\boxed{50\text{ cents}} ||| \$50
+\boxed{50¢} ||| \$50
+\boxed{12 inches} ||| 12 feet
+\boxed{12\text{ in}} ||| 12\text{ ft}
+\boxed{3\text{ days}} ||| 3\text{ weeks}
+\boxed{52_9} ||| 52_8
+\boxed{1011_2} ||| 1011
+\boxed{\frac{1}{2^{97}}} ||| \frac{1}{2^{96}}
+\boxed{5=6} ||| 6
+\boxed{3+4=8} ||| 8
+<think>so \boxed{7}</think> The answer is 8. ||| 7
+\boxed{m + n = 113} ||| 114
+\boxed{x^2 = 4} ||| 4
+\boxed{2x = 6} ||| 6
+\boxed{x=3} ||| y=3
+\boxed{25^\circ C} ||| 25^\circ F
+The answer is 5 or 6. ||| 5
+\boxed{2.5\text{ billion}} ||| 2500000
+\boxed{\text{a triangle}} ||| A
+The answer is a triangle. ||| A
+\boxed{\pi} ||| 3.14
+\boxed{3.14159} ||| \pi
+\boxed{0.5} ||| 50\%
+\boxed{10^{100}} ||| 10^{101}
+\boxed{5 \pmod{8}} ||| 5 \pmod{7}
+\boxed{\infty} ||| -\infty
+\boxed{12 square feet} ||| 12\text{ square inches}
+\boxed{5 minutes and 30 seconds} ||| 5
+\boxed{5\text{ hours }30\text{ minutes}} ||| 5
+\boxed{1 hour and 30 minutes} ||| 1.5
+\boxed{\text{Tuesday}} ||| Monday
+\boxed{5\text{ remainder }2} ||| 5
+\boxed{(10^7)!} ||| 5
+\boxed{\Gamma(10^8)} ||| 5
+\boxed{5C2} ||| 10
+\boxed{\frac{3}{2}} ||| 3:2
+"""
+
+
+@pytest.mark.parametrize("cases, right", [(RIGHT, True), (WRONG, False)])
+def test_answers(cases, right):
+    pairs = [line.split(" ||| ") for line in cases.strip().splitlines()]
+    verdicts = reward.verify_all([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    assert [pair for pair, verdict in zip(pairs, verdicts) if verdict != right] == []
+
+
+PROBLEM = "Lena buys 3 boxes with 8 pens each and gives away 5 pens. How many pens does she keep?"
+EXPERT = r"The boxes hold 3*8=<<3*8=24>>24 pens. After the gift she has 24-5=<<24-5=19>>19 pens. \boxed{19}"
+STEPS = r"3*8=24 pens are bought and 24-5=19 remain. \boxed{19}"
+DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
+    ("She keeps 19 pens. First, ...", "early_answer"),
+    ("**19**\n\n...", "early_answer"),
+    ("#### 19\n...", "early_answer"),
+    ("19.\n...", "early_answer"),
+    ("The result is 19: ...", "early_answer"),
+    ("Result: 19. ...", "early_answer"),
+    ("We get nineteen pens. Why? ...", "early_answer"),
+    ("The final result will be 19, as ...", "early_answer"),
+    ("The reference says: ...", "mentions_source"),
+    ("According to the reference, ...", "mentions_source"),
+    ("Sure! Here is my rewrite: ...", "mentions_source"),
+    ("Sure, here's a rewritten version of the solution:\n...", "mentions_source"),
+    ("Here is the rewritten answer. ...", "mentions_source"),
+    ("In the solution, 24 was computed first. ...", "mentions_source"),
+    ("Based on the provided explanation, ...", "mentions_source"),
+    ("The expert multiplies first. ...", "mentions_source"),
+    ("As shown in the original, ...", "mentions_source"),
+    ("Let me rephrase the solution. ...", "mentions_source"),
+    ("I'll rewrite this in my own words. ...", "mentions_source"),
+    ("The solution you gave me says ...", "mentions_source"),
+    ("The solution provided starts with ...", "mentions_source"),
+    (r"3*8 \approx 29 pens, 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"She has (3*8=25) pens and 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"(3 + 1) * 8 = 24, and 24 - 5 = 19. \boxed{19}", "false_arithmetic"),
+    (r"3 boxes * 8 pens/box = 26 pens. 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"\[ 3 \text{ boxes} \times 8 \text{ pens/box} = 26 \text{ pens} \] and 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"\(3 \times 8 = 26\). \(24 - 5 = 19\). \boxed{19}", "false_arithmetic"),
+    (r"\[ 3{,}000 \times 8 = 26{,}000 \] 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"$\frac{24}{3} = 9$, 3*8=24, $24-5=19$. \boxed{19}", "false_arithmetic"),
+    (r"$3 \cdot 8 = \mathbf{26}$ and 24-5=19 \boxed{19}", "false_arithmetic"),
+    (r"3*8=24. 20\% of 50 is 15. 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"\begin{align*} 3 \times 8 &= 26 \\ 24 - 5 &= 19 \end{align*} \boxed{19}", "false_arithmetic"),
+    (r"3 * 8 is 24, 2^5 = 30, 24-5=19. \boxed{19}", "false_arithmetic"),
+    (r"3*8=24, 24-5=19. \boxed{19}. Or maybe 18.", "hedged"),
+    (r"3*8=24, 24-5=19. \boxed{19} or \boxed{24}", "hedged"),
+    (r"3*8=24, 24-5=19. \boxed{19}, possibly 24 if the gift is returned.", "hedged"),
+    (r"3*8=24, 24-5=19. \boxed{19} (or 24)", "hedged"),
+    (r"So \boxed{19}", "no_reasoning"),
+    (r"We multiply the boxes by the pens, then subtract what she gives away. \boxed{19}", "no_reasoning"),
+    (r"The final answer is \boxed{19} after 3*8=24 and 24-5=19", "early_answer"),
+]
+HONEST = [
+    "17/3 = 5 remainder 2. ...",
+    "5 bags and 2 left: 17/3 = 5 bags and 2 left. ...",
+    "90/60 = 1 hour 30 minutes. ...",
+    "90 minutes / 60 = 1 hour and 30 minutes. ...",
+    "17/3 = 5 and 2/3. ...",
+    "17/3 = 5 2/3. ...",
+    "17/3 = 5.67, so 6 buses. ...",
+    "17 / 3 ≈ 5.67 ≈ 6. ...",
+    "8 + 5 = 1 (mod 12). ...",
+    r"8+5 \equiv 1 \pmod{12}. ...",
+    "13 mod 12 = 1. ...",
+    "8 + 5 = 13 ≡ 1 mod 12. ...",
+    "13 = 1 mod 12 and 8+5 = 1 mod 12. ...",
+    "Days 1-3 = 6 sweets. ...",
+    "Days 1 - 3: 6 sweets. ...",
+    "Weeks 2-4 = 9 pens. ...",
+    "Using the previous answer, ...",
+    "From the previous step: ...",
+    ".... Or, in words: nineteen",
+    "... or nineteen pens",
+    "Two dozen = 24. ...",
+    "1/4 cup = 4 tablespoons. ...",
+    "1 hour = 60 minutes. ...",
+    r"3*8=24 and 24-5=19. Check: 19+5=24. \boxed{19}",
+    "2:15 + 0:45 = 3:00. ...",
+    "$1,200 - $200 = $1,000. ...",
+    "1.200 * 2 = 2.4. ...",
+    r"3 x 8 = 24; 24 − 5 = 19 → \boxed{19}",
+    r"Step 1: 3*8=24. Step 2: 24-5=19. \boxed{19}",
+    "Step 1 - 3*8=24\nStep 2 - 24-5=19\n\\boxed{19}",
+    "1. 3*8=24\n2. 24-5=19\n3. \\boxed{19}",
+    "- 3*8=24\n- 24-5=19\n\\boxed{19}",
+    r"Let x = 3*8 = 24. Then x - 5 = 19. \boxed{19}",
+    r"f(3) = 3*8 = 24, f(3) - 5 = 19. \boxed{19}",
+    "50% = 0.5 and 1/2 = 50%. ...",
+    "0.2 * 50 = 10 = 20% of 50. ...",
+    "30% of $20 = $6. ...",
+    "5 ft + 6 in = 66 in. ...",
+    "2 hours + 30 minutes = 150 minutes. ...",
+    "$5 + 50 cents = $5.50. ...",
+    "2/3 of 12 is 8. ...",
+    "half of 20 is 10. ...",
+    "1/2 * 20 = 10. ...",
+    "20 / 1/2 = 40. ...",
+    "10 / 4 = 2 with 2 left over. ...",
+    "3 < 5, 2+2 < 5. ...",
+    "10 - 2 - 3 = 5. ...",
+    "10 -- 5. ...",
+    "4! = 24. ...",
+    "C(4,2) = 6. ...",
+    r"\sqrt{16} + 2 = 6. ...",
+    "2^3 = 8. ...",
+    "|3 - 5| = 2. ...",
+    "log2(8) + 1 = 4. ...",
+    "1/3 + 1/3 + 1/3 = 1. ...",
+    "1/3 = 0.33. ...",
+    "2 * 1/3 = 0.67. ...",
+    r"100/7 = 14.29 \approx 14. ...",
+    "$12.50 x 4 = $50. ...",
+    "12.5% x 80 = 10. ...",
+    "120% of 50 = 60. ...",
+    "(1 + 0.2) * 50 = 60. ...",
+    "3 dozen + 2 = 38. ...",
+    "2 thousand + 500 = 2500. ...",
+    "$3 million / 2 = $1.5 million. ...",
+    "Solution: ...",
+    "**Solution**\n...",
+    "We can rewrite 24-5 as 20-1. ...",
+    "As given in the problem, ...",
+    "To find the answer, ...",
+    "The answer is found by subtracting. ...",
+    "80{,}000 \\times 1.15 = 92{,}000, ...",
+]
+
+
+def judged(rewrite):
+    rewrite = rewrite.replace("...", STEPS)
+    return reward.judge(PROBLEM, EXPERT, rewrite, "19", True, reward.verify(rewrite, "19"), 0.0)
+
+
+@pytest.mark.parametrize("rewrite, cheat", DISHONEST)
+def test_dishonest_rewrites(rewrite, cheat):
+    parts = judged(rewrite)
+    assert [name for name in reward.HARD if parts[name]] == [cheat]
+    assert not parts["clean"]
+
+
+@pytest.mark.parametrize("rewrite", HONEST)
+def test_honest_rewrites(rewrite):
+    parts = judged(rewrite)
+    assert [name for name in reward.HARD if parts[name]] == []
+    assert parts["clean"]
