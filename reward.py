@@ -192,7 +192,10 @@ _LATEX = [
         (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
         (r"(?<!\\)\\[,;: ()]|~", " "),
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
-        (r"\^\s?\{?\\circ\}?(?:\s*(?:\\[a-z]+\{)?\s?([FCK])\b\}?)?", lambda m: _DEGREES.get(m[1], "")),
+        (
+            r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?",
+            lambda m: _DEGREES.get(m[1] or m[2], ""),
+        ),
         (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*\}", lambda m: " " + _LETTERS[m[1]]),
         *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
         (r"\\frac\s*(\d)", r"\\frac{\1}"),
