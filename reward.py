@@ -190,6 +190,7 @@ _LATEX = [
         (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
         (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
         (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
+        (r"\s*(?:\\\\|\n)\s*&?\s*(?==)", " "),  # a line that goes on with "= ..."
         (r"(?<!\\)\\[,;: ()]|~", " "),
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
         (
@@ -244,7 +245,7 @@ _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)
 _NUMBER = "|".join(
     (
         r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)",  # 0.1666...
-        r"[0-9]+ ?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}",
+        r"(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}",
         r"(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.])",  # 3 1/2
         r"(?<=/ )[0-9]+/0*[1-9][0-9]*(?![\d.])",  # the 1/3 of 2 / 1/3
         rf"{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?",
@@ -299,8 +300,8 @@ def _number(text: str) -> int | Fraction | None:
     if found := re.fullmatch(r"(\d*)\.(\d*?)(?:\\overline\{(\d+)\}|(\d+?)\4+\.\.\.)", text):
         whole, first, block = found[1] or "0", found[2], found[3] or found[4]
         return (int(whole + first) + Fraction(int(block), 10 ** len(block) - 1)) / 10 ** len(first)  # 0.333... is 3/9
-    if mixed := re.fullmatch(r"(\d+)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(?:and\s)?(\d+)/(\d+)", text):
-        whole, above, below = (int(part) for part in mixed.groups() if part)
+    if mixed := re.fullmatch(r"(\d*)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(?:and\s)?(\d+)/(\d+)", text):
+        whole, above, below = (int(part or 0) for part in mixed.groups() if part is not None)
         return whole + Fraction(above, below)
     if re.search(r"\d", text):
         return Fraction(text.replace(",", ""))  # 3/4 as well
@@ -467,6 +468,11 @@ _LAST = re.compile(
     rf"|{_DIGITS}(?:/\d+|(?:\\sqrt\{{\d+\}})?(?:\s?\\pi)?))"
 )
 
+_NEGATED = re.compile(r"\b(?:not|cannot|never|unable)\b|n['’]t\b", re.I)  # its last number is no answer
+_EVASIVE = re.compile(
+    r"\b(?:unable to|(?:can|could|do)(?: ?not|n['’]t) (?:work|solve|find|determine|tell|know|answer))\b", re.I
+)
+
 
 def boxes(text: str) -> list[tuple[int, int, str | None]]:
     """(start, end, content) of each \\boxed{...} or \\fbox{...}, in characters; content None if it is never closed.
@@ -519,8 +525,9 @@ def extract_answer(completion: str) -> str | None:
             return answer or None
     if _is_bare(text):
         return text.strip() or None
-    found = _LAST.findall(text)
-    return found[-1] if found else None
+    found = list(_LAST.finditer(text))
+    told = text if _EVASIVE.search(text) else re.split(r"[.!?]\s|\n", text[: found[-1].end()])[-1] if found else ""
+    return found[-1][0] if found and not _NEGATED.search(told) else None
 
 
 # --- reading an answer: name = value unit ---
@@ -556,6 +563,7 @@ _WORDING = [
     for pattern, by in (
         (r"\\?\$", ""),
         (r"\\?%", " percent "),
+        (rf"(?i)(\d+)\s*\(({_IN_WORDS})\)\s*$", lambda m: m[1] if int(m[1]) == _number(m[2]) else m[0]),  # 7 (seven)
         (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
         (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
         (r"\s*,?\s+(?:and|or)\s+", ", "),
@@ -565,7 +573,7 @@ _WORDING = [
         (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)\s*", ""),
         (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
         (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
-        (r"^(?:\\approx|about\b|approximately\b|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
+        (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
         (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2] or ""),
     )
@@ -896,6 +904,8 @@ _COUNTED = re.compile(  # not the km of "= 90 km = 90,000 m"
     rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_THINGS}(?=[=~])"
 )
 
+_REMAINDER = re.compile(r"[\s,(]*(?:with )?(?:a )?(?:remainder|r)(?: of)? ?(\d+)", re.I)
+
 
 class Statement(typing.NamedTuple):
     left: int | Fraction
@@ -977,7 +987,9 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
             if not held and carried and side[0].value in left:
                 left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
             found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
-        elif any(t.kind in "+-*/^!f" for t in side[1:]) or side[0].kind == "f":  # more than a number with its sign
+        elif (
+            any(t.kind in "+-*/^!f" for t in side[1:]) or side[0].kind == "f" or "frac" in side[0].text
+        ):  # more than a number with its sign
             left, first = values, side
             divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
@@ -1020,7 +1032,8 @@ def _first_side(tokens: list[Token], start: int, sign: int, second: list[Token])
         return []
     kinds, tight = "".join(t.kind for t in side), len(side) > 1 and side[0].end == side[1].start
     in_words, counted = equals.text[0].isalpha(), equals.start > side[-1].end + 2  # "is"; a unit stands between
-    share = kinds in ("n/n", "f(n)(n)") and side[1].text != "divided by" and (in_words or (counted and tight))
+    fraction = kinds == "n/n" and side[1].text != "divided by" or (kinds == "n" and "frac" in side[0].text)
+    share = fraction and (in_words or (counted and tight))
     if share or (in_words and any(t.kind in "+-*/^" for t in second[1:])):
         return []  # "2/5 is equal to 12 eggs", "1/4 cup = ...", "50% of 8 is 0.5*8 = 4"
     if kinds.startswith("n-n") and before.kind == "w":
@@ -1052,7 +1065,11 @@ def _scan(text: str) -> list[Statement]:
             inner = [tokens[a + 1 : b] for a, b in itertools.pairwise(signs)]
             last = _last_side(tokens, signs[-1], run.end())
             first = _first_side(tokens, run.start(), signs[0], (inner or [last])[0])
-            found += _chain([first, *inner, last], [tokens[k].kind == "~" for k in signs])
+            chain = _chain([first, *inner, last], [tokens[k].kind == "~" for k in signs])
+            if chain and last and (rest := _REMAINDER.match(text, last[-1].end)) and len(first) == 3:
+                holds = first[0].value == first[2].value * last[0].value + int(rest[1])
+                chain[-1] = chain[-1]._replace(holds=first[1].kind != "/" or holds)
+            found += chain
     return found
 
 
@@ -1175,23 +1192,30 @@ def _repetition(text: str) -> float:
     return score
 
 
-def _early(problem: str, rewrite: str, answer: str) -> bool:
+def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     """Whether the answer stands there before it is reached: in a box or behind "answer is" in the first quarter (of
-    what is not itself the answer), or as a number of its own before the first calculation, though no number of the
-    problem."""
+    what is not itself the answer), or as a number of its own before the first calculation, in other words than "20
+    because 60/3 = 20", and though neither the problem nor the expert has this number on the way."""
     stated = _STATED.search(rewrite)
     given = [(start, end) for start, end, _ in boxes(rewrite)] + ([stated.span()] if stated else [])
     if any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given):
         return True
     value, claims = _read(answer).value, statements(rewrite)
-    if value is None or not claims or value in {number for _, number in _numbers(spelled(problem))}:
+    reached = min((s.equals for s in statements(expert) if s.right == value), default=0)
+    known = {number for _, number in _numbers(spelled(problem))}
+    known |= {number for start, number in _numbers(_unannotated(expert)) if start < reached}
+    if value is None or value in known or not claims:
         return False
-    front = [start for start, number in _free_numbers(rewrite) if number == value and start < claims[0].position]
-    lines = [rewrite[rewrite.rfind("\n", 0, start) + 1 :].partition("\n")[0] for start in front]
-    told = any(_RESULT.search(rewrite, 0, start) for start in front)  # "The result is 7", or 7 alone on a line
-    told = told or not all(re.search("[A-Za-z+*/=]", line) for line in lines)
-    # without such words small numbers may count anything
-    return told or (bool(front) and abs(value) > 12 and claims[0].right != value)
+    small = value in range(-12, 13)  # may count anything: only "The result is 7", or 7 alone on a line
+    for start in (start for start, number in _free_numbers(rewrite) if number == value):
+        sentence = re.search(r"[.!?:;]\s|\n|\Z", rewrite[start:]).start() + start
+        line = rewrite[rewrite.rfind("\n", 0, start) + 1 :].partition("\n")[0]
+        told = _RESULT.search(rewrite, 0, start) or not re.search("[A-Za-z+*/=]", line)
+        if start < claims[0].position and (
+            told or (not small and (sentence < claims[0].position or claims[0].right != value))
+        ):
+            return True
+    return False
 
 
 def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
@@ -1208,12 +1232,12 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     length, expected = (sum(t.kind != "(" for t in _tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
     reasoning, behind = (plain[: found[0][0]], plain[found[-1][1] :]) if found else (plain, "")
     shown = claims or any(t.kind in "+*/" for t in _tokens(reasoning))  # a calculation, if it could not be read
-    skipped = not shown and len(statements(model)) >= 2 and fidelity(model, reasoning) < 0.7
+    skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {_read(content).value or _read(content).text for content in inside}
     maybe = _MAYBE.match(behind)  # another number, not the same one in words
     return {
-        "early_answer": float(_early(problem, plain, answer)),
-        "no_reasoning": float(length < 0.15 * expected or skipped),
+        "early_answer": float(_early(problem, model, plain, answer)),
+        "no_reasoning": float(length < 0.15 * expected or bool(skipped)),
         "mentions_source": float(any(m[0] not in known for m in _SOURCE.finditer(told))),
         "hedged": float(len(values) > 1 or either or bool(maybe and {v for _, v in _numbers(maybe[1])} - values)),
         "false_arithmetic": float(not all(s.holds for s in claims)),
