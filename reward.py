@@ -931,12 +931,18 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
     for (a, b, one), (c, d, other) in itertools.pairwise(spans):
         if c == b + 2 and kinds[b] in "+-" and one and other and not one & other:  # 2 hours + 30 minutes
             left_out -= {*range(a, b), *range(c, d)}
+    for start, end, units in spans:
+        behind = re.match("[=~][^w;=~]*(w{1,3}(?:/w{1,2})?)", kinds[end:]) if units else None
+        words = tokens[end + behind.start(1) : end + behind.end(1)] if behind else []
+        others = {_UNITS[t.text.lower()] for t in words if t.text.lower() in _UNITS}
+        if others and not others & units:  # 3.6 * 10 seconds = 0.6 minutes
+            left_out -= {*range(start, end)}
     kept, depth = [], 0
     for i, token in enumerate(tokens):
         if i in left_out:
             continue
         before = "".join(t.kind for t in kept[-4:])
-        if token.text == "of" and before[-1:] == "w" and kept[-1].text.lower() not in _NO_THING:
+        if token.text == "of" and kept and kept[-1].text.lower() in ("total", "sum", "cost", "amount"):
             token = token._replace(text="total of")
         elif token.text == "of" and re.search("(?<!=)(?<!=n)(?:%|n/n)$", before) and before != "=n/n":
             token = token._replace(kind="*")
@@ -963,15 +969,25 @@ def _values(side: list[Token]) -> list[int | Fraction]:
     return [value for value in dict.fromkeys(values) if value is not None]
 
 
+def _last_place(side: list[Token], value) -> Fraction | None:
+    """What one in the last place of a side is: 1/100 for 3.33, 10^-8 for 5.6 \\times 10^{-7}. None for anything but one
+    number in digits."""
+    kinds = "".join(t.kind for t in side).strip("-()%")
+    first, *more = (t for t in side if t.kind == "n")
+    digits = first.text.lower().partition("e")[0]
+    if not re.fullmatch(_DIGITS, digits) or not (kinds == "n" or (kinds.startswith("n*n^") and more[0].value == 10)):
+        return None
+    mantissa = Fraction(digits.replace(",", ""))
+    return abs(Fraction(value) / (mantissa or 1) or 1) / 10 ** len(digits.partition(".")[2])
+
+
 def _holds(left, right, side: list[Token], divides: bool, near: bool) -> bool:
-    """Whether left = right, as the right side is written: rounded to its places, a quotient also cut (17/3 = 5 and a
-    remainder), behind a sign for "nearly" within 5%."""
-    numbers = [t for t in side if t.kind not in "-()%"]
-    literal = len(numbers) == 1 and re.fullmatch(_DIGITS, numbers[0].text)
-    places = 10 ** len(numbers[-1].text.partition(".")[2]) if literal else 1  # 3.33 -> 100
-    rounded = literal and right * places == math.floor(left * places + Fraction(1, 2))
+    """Whether left = right, as the right side is written: rounded in its last place, a quotient also cut (17/3 = 5 and
+    a remainder), behind a sign for "nearly" within 5%."""
+    place = _last_place(side, right)
+    rounded = place and right == math.floor(left / place + Fraction(1, 2)) * place
     cut = divides and right == math.floor(left)
-    return left == right or rounded or cut or (near and abs(left - right) <= abs(left) * Fraction(1, 20))
+    return bool(left == right or rounded or cut or (near and abs(left - right) <= abs(left) * Fraction(1, 20)))
 
 
 def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:

@@ -2,7 +2,8 @@
 
     python tests/bench_grader.py [FILE.jsonl ...]
 
-Rows with `pred`, `gold`, `expected` (and `kind`; "bare" predictions are put into a box) are cases for both graders.
+Rows with `pred` or `completion`, `gold`, `expected` (and `kind`: "bare" answers are put into a box) are cases for both
+graders.
 Rows with `problem`, `solution`, `answer` are gold solutions: graded against their own answer and against another row's,
 and judged for hard cheats as if they were rewrites of themselves. Without a file only speed is measured. Rates are of
 one run on this machine: compare them with each other, not with other machines'.
@@ -66,16 +67,18 @@ def main():
     print(f"plain numbers         {len(numbers) / seconds:>10,.0f} verdicts/s")
 
     files = {
-        path: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        path: [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
         for path in sys.argv[1:]
     }
     for path, told in files.items():
         if "solution" in told[0]:
             golds(Path(path).stem, told, rng)
     cases = [(f"\\boxed{{{answer}}}", gold) for answer, gold in MIXED]
-    rows = [row for told in files.values() for row in told if "pred" in row]
+    rows = [row for told in files.values() for row in told if "expected" in row]
     if rows:
-        cases = [(f"\\boxed{{{r['pred']}}}" if r.get("kind") == "bare" else r["pred"], r["gold"]) for r in rows]
+        texts = [row.get("completion") or row["pred"] for row in rows]
+        boxed = [f"\\boxed{{{text}}}" if row.get("kind") == "bare" else text for text, row in zip(texts, rows)]
+        cases = list(zip(boxed, [row["gold"] for row in rows]))
     batch = cases * 100
     _, seconds = timed(*zip(*batch))
     print(f"mixed batch           {len(batch) / seconds:>10,.0f} verdicts/s ({len(batch):,} in {seconds:.1f} s)")
