@@ -338,11 +338,15 @@ _BINDS = {"": 0, ")": 0, "+": 1, "-": 1, "*": 2, "/": 2, "^": 3, "!": 4, "%": 4}
 _BITS, _NESTED = 100_000, 10  # longest number that is worked out; deepest brackets that are read
 
 
-def _apply(operator: str, one, other, is_sum: bool):
-    """one + - * / ^ other, exactly; `is_sum` says that a power would multiply out a sum."""
+def _apply(operator: str, one, other, terms: int = 1):
+    """one + - * / ^ other, exactly; `terms` are the summands of a base that is not known."""
     if operator == "^" and other is not None:
         bits = 1 if one is None else max(part.bit_length() for part in Fraction(one).as_integer_ratio())
-        if abs(other) * bits > (_BITS if bits > 1 else 100 if is_sum and one is None else 20_000):
+        if abs(other) * bits > (_BITS if bits > 1 else 20_000):
+            raise OverflowError
+        if (
+            one is None and math.comb(math.ceil(abs(other)) + terms - 1, terms - 1) > 3_000
+        ):  # (x+y+z)^{90} multiplied out
             raise OverflowError
     if one is None or other is None:
         return None
@@ -362,7 +366,7 @@ def _call(name: str, *arguments):
     if None in arguments:
         return None
     if name == r"\frac":
-        return _apply("/", *arguments, False)
+        return _apply("/", *arguments)
     if max(arguments) > (20_000 if name == r"\binom" else 5_000):
         raise OverflowError
     if any(Fraction(n).denominator > 1 or n < 0 for n in arguments) or name == r"\Gamma":
@@ -418,14 +422,14 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int
                 value = _call(take().kind, value)
             elif kind() == "%":
                 take()
-                value = _apply("*", value, percent, False)
+                value = _apply("*", value, percent)
             elif kind() in "+-*/^":
-                is_sum = kind() == "^" and any(t.kind in "+-" for t in tokens[start:place])
+                terms = 1 + sum(t.kind in "+-" for t in tokens[start:place]) if kind() == "^" else 1
                 operator = take().kind
-                value = _apply(operator, value, expression(binds + (operator != "^")), is_sum)
+                value = _apply(operator, value, expression(binds + (operator != "^")), terms)
             else:  # 3(4) is a product, 3 4 is none, and what stands apart as in 3 (4) is a remark
                 tight = kind() != "n" and tokens[place - 1].end == tokens[place].start
-                value = _apply("*", value if tight else None, expression(3), False)
+                value = _apply("*", value if tight else None, expression(3))
         return value
 
     return expression(1)

@@ -321,7 +321,7 @@ assert reward.verify("\\\\boxed{x+1}", "1+x")  # an unguarded script
 print("ready", flush=True)
 reward.SECONDS = 3
 if sys.argv[2] == "hang":
-    reward.verify("\\\\boxed{(w+x+y+z)^{99}}", "x+7")
+    reward.verify("\\\\boxed{(x+y+z)^{44}(x-y-z)^{44}(x+y-z)^{44}}", "x+7")
 """
 
 
@@ -365,7 +365,7 @@ def test_the_same_under_torchrun_and_in_threads(tmp_path):
     script.write_text(
         f"import json, os, sys, threading\nsys.path.insert(0, {str(ROOT)!r})\nimport reward\n"
         "out = []\n"
-        "texts = ['\\\\boxed{x+1}', '\\\\boxed{(w+x+y+z)^{99}}']\n"
+        "texts = ['\\\\boxed{x+1}', '\\\\boxed{(x+y+z)^{44}(x-y-z)^{44}(x+y-z)^{44}}']\n"
         "def work(): out.append(reward.verify_all(texts, ['1+x', 'x+7']))\n"
         "reward.SECONDS = 1\n"
         "threads = [threading.Thread(target=work) for _ in range(3)]\n"

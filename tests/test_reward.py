@@ -134,8 +134,11 @@ def test_normal_form_keeps_apart_what_differs():
 def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     monkeypatch.setattr(reward, "SECONDS", 1.5)
     monkeypatch.setitem(reward.FAILURES, "timeouts", 0)
-    slow = r"\boxed{(w+x+y+z)^{99}}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
-    completions = [slow, r"\boxed{x+1}", r"\boxed{(w+x+y+z)^{99}+1}", r"\boxed{1+y}", r"\boxed{7}", slow]
+    costly = (
+        "(x+y+z)^{44}(x-y-z)^{44}(x+y-z)^{44}"  # what is seen to be hopeless at once, as 9^{9^{9}}, is not even tried
+    )
+    slow = rf"\boxed{{{costly}}}"
+    completions = [slow, r"\boxed{x+1}", rf"\boxed{{{costly}+1}}", r"\boxed{1+y}", r"\boxed{7}", slow]
     verdicts = []
     thread = threading.Thread(
         target=lambda: verdicts.extend(reward.verify_all(completions, ["x+10", "1+x"] * 2 + ["7", "x+10"]))
@@ -144,7 +147,7 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     thread.join(60)
     assert verdicts == [False, True, False, False, True, False]
     assert reward.FAILURES["timeouts"] == 2
-    assert "(w+x+y+z)^{99}" in capfd.readouterr().err
+    assert "(x+y+z)^{44}(x-y-z)^{44}(x+y-z)^{44}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
