@@ -217,8 +217,8 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
 def same_problem(asked: dict[tuple, tuple], benchmark: str, row: dict, path: str) -> None:
     """Ends the program if (benchmark, id) was another problem in what was read before: they must not be paired."""
     known = asked.setdefault((benchmark, row["id"]), (row["problem"], row["answer"]))
-    told = f"{path}: {row['id']!r} is another problem than in the {benchmark} that it is compared with; rename one file"
-    check(known == (row["problem"], row["answer"]), told)
+    message = f"{path}: {row['id']!r} is another problem than in the {benchmark} beside it; rename one of the files"
+    check(known == (row["problem"], row["answer"]), message)
 
 
 def load_evaluations(folder: str, asked: dict[tuple, tuple]) -> dict[str, dict[str, dict[str, dict]]]:
@@ -271,10 +271,10 @@ def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
     if not others:
         return
     flags = {path: Path(path).parent / "config.json" for path in evaluations}  # not beside a copy of a NAME's folder
-    told = {path: json.loads(file.read_text())["config"] for path, file in flags.items() if file.exists()}
+    configs = {path: json.loads(file.read_text())["config"] for path, file in flags.items() if file.exists()}
     for path in others:
         for name in ("samples", "temperature", "max_tokens", "max_model_len"):
-            a, b = (told.get(p, {}).get(name) for p in (first, path))
+            a, b = (configs.get(p, {}).get(name) for p in (first, path))
             if a != b:
                 print(f"note: --{name} was {b} for {labels[path]}, {a} for {labels[first]}")
     print(f"\ndifference to {labels[first]} in points, 95% interval (paired bootstrap over problems), p")
@@ -321,9 +321,9 @@ def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typi
         j, greedy = requests[r][:2]
         for output in answers.outputs:
             text = reward.decode(tokenizer, output.token_ids)
-            told = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
-            told |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
-            completions[j].append(told)
+            completion = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
+            completion |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
+            completions[j].append(completion)
         if len(completions[j]) == config.samples + config.greedy:
             yield j, sorted(completions[j], key=lambda c: c["greedy"])  # the samples in their order, then the greedy
 
@@ -349,10 +349,10 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
         clock, seconds = time.time(), time.time() - clock
         for j, completions in waiting:
             benchmark, row, _ = jobs[j]
-            told = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
+            result = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
             share = sum(c["tokens"] for c in completions) / sum(c["tokens"] for c, _ in flat)
-            told |= {"completions": completions, "weights": row["weights"], "seconds": round(seconds * share, 4)}
-            parts[benchmark].write(json_line(told | {"grading_timeouts": timeouts}))
+            result |= {"completions": completions, "weights": row["weights"], "seconds": round(seconds * share, 4)}
+            parts[benchmark].write(json_line(result | {"grading_timeouts": timeouts}))
             timeouts = 0  # of the whole batch: told once
         waiting = []
 
@@ -374,12 +374,13 @@ def run(main) -> None:
     try:
         return main()
     except SystemExit as end:
-        told = isinstance(end.code, str)
-        if told:  # by the machine's first rank, whose end ends the others; by another if it alone has something to say
+        is_message = isinstance(end.code, str)
+        if is_message:
+            # the machine's first rank says it, whose end ends the others; another does if it alone has something to say
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(10)
             print(f"{Path(sys.argv[0]).name}: {end.code}", file=sys.stderr)
-        code = 2 if told else end.code or 0
+        code = 2 if is_message else end.code or 0
     except Exception:
         traceback.print_exc()
         code = 1
@@ -776,8 +777,8 @@ def main():
     for name in others:
         for key in sorted(shapes[first].keys() | shapes[name].keys()):
             a, b = shapes[first].get(key), shapes[name].get(key)
-            told = f"{models[name]}: {key} is {b}, but {a} in {models[first]}"
-            check(a == b, f"{told}; models of one call share an engine, give this one a call of its own")
+            message = f"{models[name]}: {key} is {b}, but {a} in {models[first]}"
+            check(a == b, f"{message}; models of one call share an engine, give this one a call of its own")
     save_config(config, output, may_change=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
     rank, world, device = init_distributed()
 
@@ -785,9 +786,9 @@ def main():
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
     work: dict[str, list[tuple[str, dict, list[int]]]] = {name: [] for name in models}  # (benchmark, row, prompt)
     for name, path in models.items():
-        told = output / name / "summary.json"  # over all benchmarks so far, also those that are not asked for now
-        same = not told.exists() or json.loads(told.read_text()).get("weights") == stamps[name]
-        check(same, f"{told.parent} has results of other weights than {path}'s; remove it or choose another name")
+        summary = output / name / "summary.json"  # over all benchmarks so far, also those that are not asked for now
+        same = not summary.exists() or json.loads(summary.read_text()).get("weights") == stamps[name]
+        check(same, f"{summary.parent} has results of other weights than {path}'s; remove it or choose another name")
         for benchmark, rows in suites.items():
             rows = [{k: row[k] for k in ("id", "problem", "answer")} | {"weights": stamps[name]} for row in rows]
             done = on_rank0(lambda n=name, b=benchmark, r=rows: read_parts(output / n, b, r))
@@ -796,10 +797,10 @@ def main():
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
             if not all(fits):
                 missing = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
-                told = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
-                check(any(fits), told)
+                message = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
+                check(any(fits), message)
                 if rank == 0:
-                    print(f"{told}, left out: {' '.join(missing)}", flush=True)
+                    print(f"{message}, left out: {' '.join(missing)}", flush=True)
 
     engine = None
     for name, path in models.items():

@@ -256,12 +256,13 @@ def run(main) -> None:
     try:
         return main()
     except SystemExit as end:
-        told = isinstance(end.code, str)
-        if told:  # by the machine's first rank, whose end ends the others; by another if it alone has something to say
+        is_message = isinstance(end.code, str)
+        if is_message:
+            # the machine's first rank says it, whose end ends the others; another does if it alone has something to say
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(10)
             print(f"{Path(sys.argv[0]).name}: {end.code}", file=sys.stderr)
-        code = 2 if told else end.code or 0
+        code = 2 if is_message else end.code or 0
     except Exception:
         traceback.print_exc()
         code = 1

