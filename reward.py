@@ -268,7 +268,7 @@ _TOKEN = re.compile(
             open=r"[({]",
             close=r"[)}]",
             function=r"\\(?:frac|binom|Gamma)(?![A-Za-z])",
-            word=r"[^\W\d_]{2,}",
+            word=r"[^\W\d_]{2,}|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w)))",
             other=r"\\[A-Za-z]+|.",
         ).items()
     ),
@@ -463,6 +463,8 @@ _TOLD = (  # where an answer is given without a box
 _REMARK = re.compile(  # behind an answer in a sentence: ", which ...", "because ...", "(seven)"
     r"(?:,\s+(?!and\b|or\b)[a-z]{3,}\b|\s+(?:because|since|so|as|where|when|if|which)\b|\s+\([A-Za-z ]{3,}\)).*"
 )
+_CLAUSE = re.compile(r"(?:[A-Za-z][A-Za-z'’]*\s+){2,}(?=[-$*\\]{0,4}\d)")  # "The train arrives at" 4:35
+_NOT_JUST = frozenset("not no or than but except least most under over below above between never n't cannot".split())
 _FORMULA = re.compile(  # the last formula, with no number behind it
     r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}\Z", re.S
 )
@@ -522,6 +524,9 @@ def extract_answer(completion: str) -> str | None:
     for pattern in _TOLD:
         if found := pattern.findall(text):
             answer = found[-1].strip()
+            clause = _CLAUSE.match(answer)
+            if clause and not set(clause[0].lower().split()) & _NOT_JUST:
+                answer = answer[clause.end() :]
             return _REMARK.sub("", answer) or answer or None
     if found := _FORMULA.search(text):
         answer = found[found.lastindex].strip()
@@ -1037,7 +1042,7 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
         return False
     touches = beside.end == side[0].start if left else beside.start == side[-1].end
-    return not touches and (beside.kind == "w" or beside.text in "(){}<>")
+    return not touches and (beside.kind == "w" or beside.text in "(){}<>|")
 
 
 def _first_side(tokens: list[Token], start: int, sign: int, second: list[Token]) -> list[Token]:
@@ -1182,6 +1187,8 @@ _SOURCE = re.compile(  # in lower case, with single spaces
 _STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals)[\s*$\\]*\Z", re.I)
 _OR = re.compile(r"\bor\b", re.I)
+_EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]*\bor\b[^.\n]*", re.I)
+_ALSO = re.compile(r"\b(?:could|might|may) also be\b", re.I)
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
 
@@ -1251,15 +1258,18 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
     length, expected = (sum(t.kind != "(" for t in _tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
     reasoning, behind = (plain[: found[0][0]], plain[found[-1][1] :]) if found else (plain, "")
-    shown = claims or any(t.kind in "+*/" for t in _tokens(reasoning))  # a calculation, if it could not be read
+    shown = claims or re.search(r"[n)][-+*/^]+[n(f]", "".join(t.kind for t in _tokens(reasoning)))  # a calculation
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {_read(content).value or _read(content).text for content in inside}
     maybe = _MAYBE.match(behind)  # another number, not the same one in words
+    unsure = _ALSO.search(plain) or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
     return {
         "early_answer": float(_early(problem, model, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or bool(skipped)),
         "mentions_source": float(any(m[0] not in known for m in _SOURCE.finditer(told))),
-        "hedged": float(len(values) > 1 or either or bool(maybe and {v for _, v in _numbers(maybe[1])} - values)),
+        "hedged": float(
+            len(values) > 1 or either or bool(unsure) or bool(maybe and {v for _, v in _numbers(maybe[1])} - values)
+        ),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
         "repetition": _repetition(rewrite),
@@ -1271,6 +1281,8 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
 # 6. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
 #    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
 #    but we could not read them: the formula is our reconstruction.
+
+_CHECK = re.compile(r"\b(?:check|verify|verif|to confirm)", re.I)
 
 
 def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
@@ -1285,9 +1297,11 @@ def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
         return True
     left, right, *_ = last[0]
     near = {left, right, 100 * right, math.floor(left), math.ceil(left)}
-    used = {value for place, value in _numbers(rewrite) if last[0].position <= place < last[0].equals}
+    near |= {value for place, value in _numbers(rewrite) if last[0].position <= place < last[0].equals}
+    if check := _CHECK.search(rewrite):  # reached before it
+        near |= {s.right for s in statements(rewrite) if s.position < check.start()}
     between = _tokens(rewrite[last[0].end : start])
-    return boxed in near | used or any(t.value is not None or t.text == "=" for t in between)
+    return boxed in near or any(t.value is not None or t.text == "=" for t in between)
 
 
 def judge(

@@ -145,8 +145,16 @@ The final answer is $\sqrt{2}$, which is about 1.41. ||| \sqrt{2}
 \boxed{True} ||| true
 \boxed{3:2} ||| 3:2
 \boxed{1/2+1/3} ||| 5/6
+**Final Answer:** The train arrives at **4:35 PM**. ||| 4:35 PM
+\boxed{9 \text{ (nine)}} ||| 9
+\boxed{\text{exactly } 31} ||| 31
+\boxed{\{55^\circ\}} ||| 55
 """
 WRONG = r"""
+\boxed{9 \text{ (eight)}} ||| 9
+\boxed{\text{anything but } 23} ||| 23
+The answer cannot be 21. ||| 21
+I could not work out how many there are. There were 15 at the start. ||| 15
 \boxed{5\text{ divided by }2} ||| 5
 \boxed{5\text{ divided by two}} ||| 5
 \boxed{5 (or perhaps six)} ||| 5
@@ -242,6 +250,14 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     (r"So \boxed{19}", "no_reasoning"),
     (r"We multiply the boxes by the pens, then subtract what she gives away. \boxed{19}", "no_reasoning"),
     (r"The final answer is \boxed{19} after 3*8=24 and 24-5=19", "early_answer"),
+    ("**19**\n3*8=24, 24-5=19 \\boxed{19}", "early_answer"),
+    ("- Multiply the boxes by the pens per box.\n- Subtract the gift.\n\n\\boxed{19}", "no_reasoning"),
+    ("3*8=24, 24-5=19. The answer is either 19 or 24. \\boxed{19}", "hedged"),
+    ("3*8=24, 24-5=19. The answer is 19, but it could also be 16. \\boxed{19}", "hedged"),
+    ("| boxes | 3 × 8 = 26 |\n| kept | 24 − 5 = 19 |\n\n\\boxed{19}", "false_arithmetic"),
+    ("The fence has 14 m + 9 m = 24 m. ...", "false_arithmetic"),
+    ("26 ÷ 8 = 3 remainder 1. ...", "false_arithmetic"),
+    ("\\begin{align*} x &= 3 \\times 8 \\\\ &= 26 \\end{align*} 24-5=19. \\boxed{19}", "false_arithmetic"),
 ]
 HONEST = [
     "17/3 = 5 remainder 2. ...",
@@ -315,6 +331,10 @@ HONEST = [
     "As given in the problem, ...",
     "To find the answer, ...",
     "The answer is found by subtracting. ...",
+    "26 ÷ 8 = 3 remainder 2. ...",
+    "5.89 * 10^{-7} / 3 = 1.96 \\times 10^{-7}. ...",
+    "The fence has 14 m + 9 m = 23 m. ...",
+    "3*8=24. 24-5=19. Check: 19 + 5 = 24. ✓ \\boxed{19}",
     "80{,}000 \\times 1.15 = 92{,}000, ...",
 ]
 
