@@ -2,9 +2,10 @@
 
     1. prompts      the words in which a problem is put to a model
     2. token ids    the same as ids; where an answer ends
-    3. answers      completion -> answer -> right or wrong
-    4. cheats       what a rewrite can do to look good without being good
-    5. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
+    3. reading      one spelling for characters and LaTeX, tokens, exact values of arithmetic
+    4. answers      completion -> answer -> right or wrong
+    5. cheats       what a rewrite can do to look good without being good
+    6. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
 
 Nothing but the standard library is imported at the top: grading runs in worker processes that run this file afresh, and
 a grader that first loads torch starts seconds late.
@@ -190,7 +191,7 @@ _LATEX = [
         (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
         (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
         (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
-        (r"\s*(?:\\\\|\n)\s*&?\s*(?==)", " "),  # a line that goes on with "= ..."
+        (r"[^\S\n]{0,9}(?:\\\\|\n)[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
         (r"(?<!\\)\\[,;: ()]|~", " "),
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
         (
@@ -452,7 +453,7 @@ _BOX = re.compile(r"\\(?:boxed|f(?:rame)?box)\s*(?=(\{|$))")
 _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TOLD = (  # where an answer is given without a box
     re.compile(r"<answer>(.{0,400}?)</answer>", re.S),
-    re.compile(r"####[ \t]*(?=\W*\d)([^\n]+)"),
+    re.compile(r"####[ \t]*(?=\W{0,20}\d)([^\n]+)"),
     # what follows lies in a lookahead, since one such phrase may stand inside another
     re.compile(
         r"(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
@@ -1187,7 +1188,7 @@ _SOURCE = re.compile(  # in lower case, with single spaces
 _STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals)[\s*$\\]*\Z", re.I)
 _OR = re.compile(r"\bor\b", re.I)
-_EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]*\bor\b[^.\n]*", re.I)
+_EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
 _ALSO = re.compile(r"\b(?:could|might|may) also be\b", re.I)
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
@@ -1234,13 +1235,12 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     if value is None or value in known or not claims:
         return False
     small = value in range(-12, 13)  # may count anything: only "The result is 7", or 7 alone on a line
-    for start in (start for start, number in _free_numbers(rewrite) if number == value):
+    front = [start for start, number in _free_numbers(rewrite) if number == value and start < claims[0].position]
+    for start in front[:9]:
         sentence = re.search(r"[.!?:;]\s|\n|\Z", rewrite[start:]).start() + start
         line = rewrite[rewrite.rfind("\n", 0, start) + 1 :].partition("\n")[0]
-        told = _RESULT.search(rewrite, 0, start) or not re.search("[A-Za-z+*/=]", line)
-        if start < claims[0].position and (
-            told or (not small and (sentence < claims[0].position or claims[0].right != value))
-        ):
+        told = _RESULT.search(rewrite, max(start - 60, 0), start) or not re.search("[A-Za-z+*/=]", line)
+        if told or (not small and (sentence < claims[0].position or claims[0].right != value)):
             return True
     return False
 
