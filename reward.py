@@ -191,9 +191,9 @@ _LATEX = [
         (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
         (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
         (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
-        (r"[^\S\n]{0,9}(?:\\\\|\n)[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
         (r"(?<!\\)\\[,;: ()]|~", " "),
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
+        (r"(?:[^\S\n]{0,9}(?:\\\\|\n)){1,9}[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
         (
             r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?",
             lambda m: _DEGREES.get(m[1] or m[2], ""),
@@ -345,9 +345,8 @@ def _apply(operator: str, one, other, terms: int = 1):
         bits = 1 if one is None else max(part.bit_length() for part in Fraction(one).as_integer_ratio())
         if abs(other) * bits > (_BITS if bits > 1 else 20_000):
             raise OverflowError
-        if (
-            one is None and math.comb(math.ceil(abs(other)) + terms - 1, terms - 1) > 3_000
-        ):  # (x+y+z)^{90} multiplied out
+        # (x+y+z)^{90}, multiplied out
+        if one is None and math.comb(math.ceil(abs(other)) + terms - 1, terms - 1) > 3_000:
             raise OverflowError
     if one is None or other is None:
         return None
@@ -931,10 +930,14 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
 
     Numbers that only stand beside each other are kept apart by a token of the kind "_".
     """
-    kinds = "".join("wo?"[1 + (t.text != "of")] if t.text.lower() in _NO_THING else t.kind for t in tokens)
+
+    def units_of(words: typing.Sequence[Token]) -> set[str]:
+        return {_UNITS[t.text.lower()] for t in words if t.text.lower() in _UNITS}
+
+    kinds = "".join(("o" if t.text == "of" else "?") if t.text.lower() in _NO_THING else t.kind for t in tokens)
     spans = []  # of words that say what is counted, and the known units among them
     for m in _COUNTED.finditer(kinds):
-        units = {_UNITS[t.text.lower()] for t in tokens[m.start() : m.end()] if t.text.lower() in _UNITS}
+        units = units_of(tokens[m.start() : m.end()])
         if units or m[0][0] == "/" or tokens[m.start() - 1].end < tokens[m.start()].start:  # not the h of 3h
             spans.append((*m.span(), units))
     left_out = {i for start, end, _ in spans for i in range(start, end)}
@@ -943,8 +946,7 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
             left_out -= {*range(a, b), *range(c, d)}
     for start, end, units in spans:
         behind = re.match("[=~][^w;=~]*(w{1,3}(?:/w{1,2})?)", kinds[end:]) if units else None
-        words = tokens[end + behind.start(1) : end + behind.end(1)] if behind else []
-        others = {_UNITS[t.text.lower()] for t in words if t.text.lower() in _UNITS}
+        others = units_of(tokens[end + behind.start(1) : end + behind.end(1)]) if behind else set()
         if others and not others & units:  # 3.6 * 10 seconds = 0.6 minutes
             left_out -= {*range(start, end)}
     kept, depth = [], 0
@@ -954,7 +956,7 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
         before = "".join(t.kind for t in kept[-4:])
         if token.text == "of" and kept and kept[-1].text.lower() in ("total", "sum", "cost", "amount"):
             token = token._replace(text="total of")
-        elif token.text == "of" and re.search("(?<!=)(?<!=n)(?:%|n/n)$", before) and before != "=n/n":
+        elif token.text == "of" and re.search("(?<!=n)%$|(?<!=)n/n$", before):
             token = token._replace(kind="*")
         elif before[-1:] in ("n", ")") and depth >= 0 and token.kind in "n(f" and kept[-1].end < token.start:
             kept.append(Token("_", token.kind, token.start, token.start, None))
@@ -1013,10 +1015,8 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
             if not held and carried and side[0].value in left:
                 left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
             found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
-        elif (
-            any(t.kind in "+-*/^!f" for t in side[1:]) or side[0].kind == "f" or "frac" in side[0].text
-        ):  # more than a number with its sign
-            left, first = values, side
+        elif side[0].kind == "f" or "frac" in side[0].text or any(t.kind in "+-*/^!f" for t in side[1:]):
+            left, first = values, side  # more than a number with its sign
             divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
 
@@ -1282,25 +1282,25 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
 #    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
 #    but we could not read them: the formula is our reconstruction.
 
-_CHECK = re.compile(r"\b(?:check|verify|verif|to confirm)", re.I)
+_CHECK = re.compile(r"\b(?:check|verif|to confirm)", re.I)
 
 
 def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
     """Whether the last statement before the box arrives at what the box holds, exactly, rounded, as per cent, or with
     the boxed number in its place (a check: 2*7+6 = 20, so 7).
 
-    Comparable are a number in the box and a statement with neither number nor equation between it and the box.
+    Comparable are a number in the box and a statement with neither number nor equation between it and the box. The text
+    is in one spelling, as the positions are.
     """
-    boxed = _read(content).value
-    last = [s for s in statements(rewrite) if s.position < start][-1:]
-    if boxed is None or not last:
+    boxed, before = _read(content).value, [s for s in statements(rewrite) if s.position < start]
+    if boxed is None or not before:
         return True
-    left, right, *_ = last[0]
+    left, right, position, _, equals, last = before[-1]
     near = {left, right, 100 * right, math.floor(left), math.ceil(left)}
-    near |= {value for place, value in _numbers(rewrite) if last[0].position <= place < last[0].equals}
+    near |= {value for place, value in _numbers(rewrite) if position <= place < equals}
     if check := _CHECK.search(rewrite):  # reached before it
-        near |= {s.right for s in statements(rewrite) if s.position < check.start()}
-    between = _tokens(rewrite[last[0].end : start])
+        near |= {s.right for s in before if s.position < check.start()}
+    between = _tokens(rewrite[last:start])
     return boxed in near or any(t.value is not None or t.text == "=" for t in between)
 
 
@@ -1322,9 +1322,10 @@ def judge(
     """
     parts = cheats(problem, expert, rewrite, answer)
     parts["fidelity"] = fidelity(expert, rewrite)
-    found = boxes(rewrite)
+    plain = spelled(rewrite)
+    found = boxes(plain)
     one_box = len(found) == 1 and bool(found[0][2])
-    agrees = not one_box or _agrees(rewrite, *found[0])
+    agrees = not one_box or _agrees(plain, *found[0])
     gate = ended and correct and one_box and agrees and parts["fidelity"] >= min_fidelity
     cheating = any(parts[name] for name in hard)
     return parts | {

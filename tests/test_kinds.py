@@ -356,3 +356,18 @@ def test_honest_rewrites(rewrite):
     parts = judged(rewrite)
     assert [name for name in reward.HARD if parts[name]] == []
     assert parts["clean"]
+
+
+@pytest.mark.parametrize("texts", [RIGHT.splitlines(), WRONG.splitlines(), [r for r, _ in DISHONEST], HONEST])
+def test_one_spelling_stays_as_it_is(texts):
+    texts = [*texts, "x \\\\\n&= 3\n\n= 3 \\\\ = 3", "\\textbf{\\text{so}} \\left( 5 \\, 000 \\right)"]
+    assert [text for text in texts if reward.spelled(reward.spelled(text)) != reward.spelled(text)] == []
+
+
+def test_the_gate_finds_its_places_in_the_text_that_it_reads():
+    """LaTeX is longer than its spelling: places of the one are not those of the other."""
+    told = r"\[ 2 \times \$\text{3} = \$\text{6} \] Hence \[ 1 + \$6 = \$\text{7} \] Therefore \(\boxed{15}\)."
+    assert not reward.judge(PROBLEM, EXPERT, told, "15", True, True, 0.0)["gate"]
+    assert reward.judge(PROBLEM, EXPERT, told.replace("15", "7"), "7", True, True, 0.0)["gate"]
+    later = r"\[ 3 \times 8 = 24 \] \[ 24 - 5 = 19 \] So she keeps \(\boxed{19}\) pens. \[ 7 \times 2 = 14 \]"
+    assert reward.judge(PROBLEM, EXPERT, later, "19", True, True, 0.0)["gate"]
