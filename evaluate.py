@@ -11,8 +11,8 @@ more is decoded greedily. For a problem with c right answers of n:
 
 A benchmark's score is the mean over its problems, the average is the unweighted mean over benchmarks. Intervals are 95%
 percentile bootstraps over *problems*, never over samples: the n answers to a problem share its difficulty, so counting
-them as n observations would make every interval too narrow. Two models are compared on the same problems by the paired
-bootstrap: the differences problem by problem are resampled, and p = 2 min(P(d <= 0), P(d >= 0)).
+them as n observations would make every interval too narrow. Two models are compared on the problems that both
+have: a bootstrap of the differences problem by problem, and the p of a permutation test (`paired`).
 
 Several models share one engine, whose weights are swapped (a second instead of a new start), so they must have one
 architecture. Rows are shared out over ranks, each with an engine of its own; graded rows are flushed to
@@ -57,7 +57,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 import reward
 
-RESAMPLES = 2000  # bootstrap resamples; the smallest p that can be seen is 2 / RESAMPLES
+RESAMPLES = 2000  # of the bootstrap and of the permutation test, whose smallest p is 1 / (RESAMPLES + 1)
 FLUSH_ROWS, FLUSH_SECONDS = 64, 5.0  # finished rows are graded and flushed when there are so many, or after so long
 
 
@@ -66,10 +66,10 @@ class Config:
     models: list[str] = field(default_factory=list)  # folders; NAME=FOLDER names one, else its last path part does
     benchmarks: list[str] = field(default_factory=list)  # JSONL files {id, problem, answer}; named by their file stem
     output_dir: str = ""  # where NAME/BENCHMARK.jsonl and NAME/summary.json go; started again, only the rest is done
-    samples: int = 4  # n, answers sampled per problem; more narrow the intervals, but not below what the problems allow
+    samples: int = 4  # n, answers sampled a problem; a larger n narrows the intervals, as far as the problems allow
     temperature: float = 1.0  # of the n samples; 1 is the distribution that was trained, lower ones sharpen it
     greedy: bool = True  # one greedy answer per problem besides
-    max_tokens: int = 4096  # tokens of an answer, clipped to what the context leaves; too few show as truncation
+    max_tokens: int = 4096  # tokens of an answer, clipped to what the context leaves; too few show as truncated answers
     max_model_len: int = 6144  # tokens of prompt + answer; problems whose prompt does not fit are named and left out
     limit: int = 0  # only the first rows of each benchmark (0: all)
     seed: int = 0  # on a CPU each request is seeded from (seed, benchmark, id), on a GPU the engine from (seed, rank)
@@ -98,16 +98,18 @@ RANGES = {
 
 
 def problem_scores(row: dict) -> dict[str, float]:
-    """avg@n, pass@n, maj@n and, where there is one, greedy of one problem."""
+    """avg@n (c right of n: c/n), pass@n (1 if c > 0), maj@n and, where there is one, greedy of one problem."""
     sampled = [c for c in row["completions"] if not c["greedy"]]
     # \frac{1}{2}, 1/2 and 0.5 are one answer; no answer, no vote
     votes = [None if c["predicted"] is None else reward.normal_form(c["predicted"]) for c in sampled]
     counts = Counter(vote for vote in votes if vote is not None)
     winner = counts.most_common(1)[0][0] if counts else None  # the first met among equals
+    # spellings that vote together may differ in what the vote leaves out (5 km, 5 kg): then most of them decide
+    won = [c["correct"] for c, vote in zip(sampled, votes) if counts and vote == winner]
     scores = {
         "avg@n": sum(c["correct"] for c in sampled) / len(sampled),
         "pass@n": float(any(c["correct"] for c in sampled)),
-        "maj@n": float(next((c["correct"] for c, vote in zip(sampled, votes) if counts and vote == winner), False)),
+        "maj@n": float(2 * sum(won) > len(won)),
     }
     greedy = [c for c in row["completions"] if c["greedy"]]
     return scores | ({"greedy": float(greedy[0]["correct"])} if greedy else {})
@@ -136,19 +138,25 @@ def intervals(suites: list[list[dict[str, float]]]) -> dict[str, dict[str, float
 
 
 def paired(first: list[dict[str, float]], other: list[dict[str, float]]) -> dict[str, float]:
-    """avg@n of `other` minus `first` ({id: avg@n} per benchmark) on the ids that both have: value, interval, p."""
+    """avg@n of `other` minus `first` ({id: avg@n} per benchmark) on the ids that both have: value, interval, p.
+
+    p is that of a permutation test: how often is a difference at least as large, up or down, when each problem's sign
+    is drawn by chance? It holds on ten problems as on a thousand, where an interval's tail is too small on few.
+    """
     shared = [[i for i in a if i in b] for a, b in zip(first, other)]
     differences = [np.array([b[i] - a[i] for i in ids]) for a, b, ids in zip(first, other, shared) if ids]
     if not differences:
         return {}
-    resampled = bootstrap(differences)
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    tail = 2 * min((resampled <= 0).mean(), (resampled >= 0).mean())
+    difference = float(np.mean([d.mean() for d in differences]))
+    low, high = np.quantile(bootstrap(differences), [0.025, 0.975])
+    rng = np.random.default_rng(0)
+    flipped = np.mean([rng.choice([-1.0, 1.0], (RESAMPLES, len(d))) @ d / len(d) for d in differences], axis=0)
+    extreme = int((np.abs(flipped) > abs(difference) - 1e-9).sum())  # sums in another order are equal to 1e-16
     return {
-        "difference": float(np.mean([d.mean() for d in differences])),
+        "difference": difference,
         "low": float(low),
         "high": float(high),
-        "p": float(np.clip(tail, 2 / RESAMPLES, 1.0)),
+        "p": (extreme + 1) / (RESAMPLES + 1),
         "problems": sum(map(len, shared)),
     }
 
@@ -277,7 +285,7 @@ def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
             a, b = (configs.get(p, {}).get(name) for p in (first, path))
             if a != b:
                 print(f"note: --{name} was {b} for {labels[path]}, {a} for {labels[first]}")
-    print(f"\ndifference to {labels[first]} in points, 95% interval (paired bootstrap over problems), p")
+    print(f"\ndifference to {labels[first]} in points, 95% interval (bootstrap over problems), p (permutation test)")
     for path in others:
         for name, names in columns:
             pairs = [
@@ -369,10 +377,12 @@ def check(condition, message: str) -> None:
 
 
 def run(main) -> None:
-    """Runs a script's main, and ends this process at once where it fails: without waiting for collectives that the
-    other ranks will never answer (torchrun ends those), and without the exit handlers of an engine that is alive."""
+    """Runs a script's main and ends the process at once: without waiting for collectives that other ranks will never
+    answer where it fails (torchrun ends those), and without the exit handlers of an engine that is alive, or the two
+    seconds in which Python takes apart what was imported."""
+    code = 0
     try:
-        return main()
+        main()
     except SystemExit as end:
         is_message = isinstance(end.code, str)
         if is_message:
@@ -614,7 +624,7 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
 
     Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
     pass on a GPU: one that scores makes logits for all of them. Call it before seeding torch: it resets the global
-    generator. Call `stop_engine` before `destroy_process_group`.
+    generator. At a stage's end it is not stopped: the process ends with it (`run`).
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -634,6 +644,8 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
         machine["max_num_batched_tokens"] = batched_tokens
     import vllm
     from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    gc.freeze()  # vLLM collects garbage five times while it starts: a second, if it looks at all that was imported
 
     class UsedVocabulary(LogitsProcessor):
         """Embeddings are often padded beyond the tokenizer; those ids mean nothing and must not be sampled."""
@@ -664,27 +676,6 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
         seed=request_seed(seed, int(os.environ["RANK"])),  # which a GPU draws from; on a CPU each request has its own
         **machine,
     )
-
-
-def stop_engine(llm) -> None:
-    """Frees the engine and its memory; the process group stays, and another engine can be started. It must be awake.
-
-    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch, and with it
-    the groups of the sharded models that are still to be used or saved. Left to the exit, it fails there.
-    """
-    from vllm.distributed.parallel_state import destroy_model_parallel
-
-    if finalizer := getattr(llm.llm_engine, "_finalizer", None):
-        finalizer()  # what torch.compile holds on to: the weights
-    client = llm.llm_engine.engine_core
-    client._finalizer.detach()
-    client.engine_core.model_executor.shutdown()
-    client.engine_core.scheduler.shutdown()
-    gc.unfreeze()
-    destroy_model_parallel()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def request_seed(*parts) -> int:
@@ -721,13 +712,17 @@ def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typ
     engine = llm.llm_engine
     for i, (ids, param) in enumerate(zip(prompts, params)):
         engine.add_request(str(i), {"prompt_token_ids": ids}, param)
-    disable = not desc or bool(int(os.environ["RANK"]))
-    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt") as bar:
+    disable, sampled, start = not desc or bool(int(os.environ["RANK"])), 0, time.perf_counter()
+    # the first prompts finish late, so the bar (redrawn in time, not by prompts) also tells the tokens
+    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt", miniters=0) as bar:
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    bar.update()
-                    yield int(output.request_id), output
+            sampled += len(engine.engine_core.engine_core.scheduler.running)  # each gets a token in a step, or nearly
+            finished = [output for output in engine.step() if output.finished]
+            speed = sampled / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            bar.update(len(finished))
+            for output in finished:
+                yield int(output.request_id), output
 
 
 def reload_engine(llm, **weights) -> None:
@@ -781,6 +776,7 @@ def main():
             check(a == b, f"{message}; models of one call share an engine, give this one a call of its own")
     save_config(config, output, may_change=("models", "benchmarks", "compare", "output_dir", "gpu_memory"))
     rank, world, device = init_distributed()
+    stamps = on_rank0(lambda: stamps)  # nodes may have copies of a model with other dates
 
     # --- 2. prompts, and what is already done ---
     left_out: dict[str, dict[str, list[str]]] = {name: {} for name in models}
@@ -791,7 +787,7 @@ def main():
         check(same, f"{summary.parent} has results of other weights than {path}'s; remove it or choose another name")
         for benchmark, rows in suites.items():
             rows = [{k: row[k] for k in ("id", "problem", "answer")} | {"weights": stamps[name]} for row in rows]
-            done = on_rank0(lambda n=name, b=benchmark, r=rows: read_parts(output / n, b, r))
+            done = on_rank0(lambda n=name, b=benchmark, r=rows: set(read_parts(output / n, b, r)))
             prompts = [reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
@@ -814,18 +810,17 @@ def main():
                 reload_engine(engine, weights_path=path)
 
             # --- 4. generate, grade, flush ---
-            evaluate(engine, config, tokenizers[name], work[name][rank::world], folder)
+            mine = work[name][rank::world]  # every rank has an engine of its own
+            evaluate(engine, config, tokenizers[name], mine, folder)
             dist.barrier()
 
         # --- 5. merge and summarize ---
         if rank == 0:
             head = {"model": os.path.abspath(path), "weights": stamps[name], "left_out": left_out[name]}
             finish_model(folder, suites, head, output / "metrics.jsonl")
-    if engine is not None:
-        stop_engine(engine)
     if rank == 0:
         own = {k: v for name in models for k, v in load_evaluations(str(output / name), asked).items()}
-        print_tables(own | compared)
+        print_tables(own | {name: found for name, found in compared.items() if name not in own})  # own: just now
     dist.barrier()
     dist.destroy_process_group()
 

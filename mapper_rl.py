@@ -1,4 +1,4 @@
-"""Stage 1: GRPO, written by hand. Trains the mapper (task="map"), or the target itself (task="solve").
+r"""Stage 1: GRPO, written by hand. Trains the mapper (task="map"), or the target itself (task="solve").
 
 task="map"    the policy M reads problem and expert solution, p(x, y°), and writes a rewrite y. The reward asks whether
               y is right, honest, and natural for the frozen target π: see `reward.judge` and `reward.mapper_reward`.
@@ -14,6 +14,10 @@ For rollout i with tokens t, engine log-probabilities log π_vllm and N response
     L    = - 1/N Σ_{i,t} sg[min(exp(log π_old - log π_vllm), 2)] · min(r_t A_i, clip(r_t, 1-0.2, 1+0.28) A_i)
            + beta_kl/N Σ_{i,t} k3(π_ref, π_θ),      k3 = exp(log π_ref - log π_θ) - (log π_ref - log π_θ) - 1
 
+All log π are at the sampling temperature, and exponents are capped at 10 against overflow. N is of all ranks, so their
+gradients are summed, not averaged. In the update `rollouts_per_row` rollouts of a group share a row with one copy of
+their prompt, which for a mapper is longer than the response (`collate_shared`).
+
 With one pass over each step's rollouts (the default) π_old is π_θ itself: r = 1, the clip does nothing, and the
 gradient is the plain policy gradient. Only the truncated importance weight acts: engine and trainer never agree to
 the last bit.
@@ -22,7 +26,7 @@ Left out: asynchronous generation, tensor parallelism, LoRA, refilling of droppe
 
     python mapper_rl.py --model BASE --data demos.jsonl --output_dir out/mapper                      # one GPU, or a CPU
     torchrun --nproc-per-node=8 mapper_rl.py --model BASE --data demos.jsonl --output_dir out/mapper          # one node
-    torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500 --nproc-per-node=8 mapper_rl.py \\
+    torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500 --nproc-per-node=8 mapper_rl.py \
         --model BASE --data demos.jsonl --output_dir /shared/mapper                         # two nodes, a shared disk
 
 Writes OUTPUT_DIR/model (a Hugging Face folder), metrics.jsonl (a line a step), rollouts.jsonl (some to read),
@@ -104,6 +108,7 @@ class Config:
     weight_decay: float = 0.0  # of AdamW
     max_grad_norm: float = 1.0  # gradients are clipped to this global norm
     # --- machine ---
+    rollouts_per_row: int = 4  # rollouts of a problem behind one copy of its prompt in the update; 1: each has its own
     micro_batch_tokens: int = 16384  # padded tokens a forward pass and rank; lower it when memory runs out
     head_chunk: int = 1024  # tokens whose logits exist at the same time
     gradient_checkpointing: bool = True  # recompute layers in the backward pass: a third slower, far less memory
@@ -124,13 +129,15 @@ class Config:
         room = self.max_tokens < self.max_model_len
         check(room, f"--max_tokens {self.max_tokens} leaves no prompt any room in --max_model_len {self.max_model_len}")
         self.hard_cheats = chosen_cheats(self.hard_cheats, default=self.task == "map")
+        own = self.task == "map" or self.target in ("", self.model)
+        check(own, f"--task solve has no target beside --model: leave out --target {self.target}")
         self.target = self.target or self.model
 
 
 RANGES = {
     "needed": "model data output_dir",
     "[2, inf)": "group_size",
-    "[1, inf)": "steps groups max_tokens max_model_len passes micro_batch_tokens head_chunk",
+    "[1, inf)": "steps groups max_tokens max_model_len passes micro_batch_tokens head_chunk rollouts_per_row",
     "(0, inf)": "temperature lr max_grad_norm importance_cap",
     "[0, inf)": "hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show seed "
     "export_every",
@@ -139,7 +146,8 @@ RANGES = {
     "(0, 1)": "gpu_memory",
 }
 # flags that may differ between a run and its continuation
-MAY_CHANGE = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "gpu_memory", "save_every")
+MAY_CHANGE = ("output_dir", "rollouts_per_row", "micro_batch_tokens", "head_chunk", "gradient_checkpointing")
+MAY_CHANGE += ("gpu_memory", "save_every", "export_every", "show", "steps", "max_seconds")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +179,7 @@ def grpo_loss(
     loss = -(weight * torch.minimum(ratio * advantages, clipped * advantages)).sum() / denominator
     if ref_logprobs is not None:
         # k3 = exp(log π_ref - log π_θ) - (log π_ref - log π_θ) - 1
-        gap = (ref_logprobs - logprobs).clamp(-10, 10)
+        gap = (ref_logprobs - logprobs).clamp(max=10)  # against overflow; far below 0 the penalty still pulls
         loss = loss + config.beta_kl * (gap.exp() - gap - 1).sum() / denominator
     mismatch = old_logprobs - engine_logprobs
     stats = {
@@ -198,37 +206,93 @@ def score(model, rows: list[tuple[list[int], list[int]]], budget: int, device, d
             logprobs = model.token_logprobs(input_ids, mask, **head).cpu()
             if batch:  # clones: a view would be sent with all that it is a view of
                 scores |= {i: t.clone() for i, t in zip(batch, logprobs.split([len(rows[i][1]) for i in batch]))}
+    model.reshard()  # the root, which waits for a backward
     scores = dict(gather(list(scores.items())))
     return [scores[i] for i in range(len(rows))]
+
+
+def row_length(pairs: list[tuple[list[int], list[int]]]) -> int:
+    """Tokens of (prompt, response) pairs of one prompt that share a row: see `collate_shared`."""
+    return len(pairs[0][0]) - 1 + sum(1 + len(response) for _, response in pairs)
+
+
+def share_prompts(pairs: list[tuple[list[int], list[int]]], per_row: int, budget: int) -> list[list[int]]:
+    """Indices of the (prompt, response) pairs that share a row: neighbours with the same prompt, at most `per_row`, and
+    as few as `budget` tokens have room for.
+
+    A mapper's prompt holds problem and expert solution and is longer than the response: computed once a rollout, it
+    would be most of the update. More than a few a row do not pay, as attention is computed over the whole row squared.
+    """
+    rows: list[list[int]] = []
+    for i, pair in enumerate(pairs):
+        shared = [pairs[k] for k in rows[-1]] if rows else []
+        fits = shared and len(shared) < per_row and row_length([*shared, pair]) <= budget
+        if fits and shared[0][0] == pair[0]:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    return rows
+
+
+def collate_shared(rows: list[list[tuple[list[int], list[int]]]], device):
+    """`collate` for rows of (prompt, response) pairs with one prompt, and what else the model has to be told of them.
+
+        prompt without its last token | that token, response 1 | that token, response 2 | ...
+
+    Each part sees the prompt and itself, at the positions that it would have alone, so that log-probabilities and
+    gradients are those of separate rows. -> input_ids (B, T), mask (B, T), {attention_mask (B, 1, T, T), position_ids
+    (B, T)}; the last is empty where no prompt is shared.
+    """
+    if all(len(row) == 1 for row in rows):
+        return *collate([row[0] for row in rows], device), {}
+    input_ids, mask = collate([(row[0][0][:-1], [t for p, r in row for t in (p[-1], *r)]) for row in rows], "cpu")
+    part, position_ids = torch.zeros_like(input_ids), torch.zeros_like(input_ids)  # part 0: the prompt
+    for i, row in enumerate(rows):
+        end = shared = len(row[0][0]) - 1
+        position_ids[i, :shared] = torch.arange(shared)
+        for k, (_, response) in enumerate(row, 1):
+            start, end = end, end + 1 + len(response)
+            part[i, start:end], position_ids[i, start:end] = k, torch.arange(shared, shared + end - start)
+            mask[i, start] = False  # the prompt's last token is not to be predicted
+    part = part.to(device)
+    causal = torch.ones(part.shape[1], part.shape[1], dtype=torch.bool, device=device).tril()
+    seen = causal & ((part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None]))  # (B, T of query, T of key)
+    # what is added to the attention's logits: from booleans every layer would make, and keep, such a matrix of its own
+    bias = torch.zeros(seen.shape, dtype=compute_dtype(device), device=device).masked_fill(~seen, -torch.inf)
+    attention = {"attention_mask": bias[:, None], "position_ids": position_ids.to(device)}
+    return input_ids.to(device), mask.to(device), attention
 
 
 def update(policy, reference, optimizer, rollouts: list[dict], config: Config, vocab: int, device) -> dict[str, float]:
     """One GRPO update (`passes` optimizer steps). Collective: every rank is given all kept rollouts, which are dealt
     out by their length.
 
-    A rollout is {prompt_ids, ids, logprobs (of the engine), advantage}. A rank for which no rows are left makes its
-    passes through the sharded model with dummy rows that weigh nothing.
+    A rollout is {prompt_ids, ids, logprobs (of the engine), advantage}; those of a group follow one another.
+    A rank for which no rows are left makes its passes through the sharded model with dummy rows that weigh nothing.
     """
-    rows = [(r["prompt_ids"], r["ids"]) for r in rollouts]
+    pairs = [(r["prompt_ids"], r["ids"]) for r in rollouts]
     head = dict(temperature=config.temperature, vocab=vocab, chunk=config.head_chunk)
-    tokens = sum(len(ids) for _, ids in rows)  # N, of all ranks
+    tokens = sum(len(ids) for _, ids in pairs)  # N, of all ranks
     constant = config.groups * config.group_size * config.max_tokens
     denominator = constant if config.constant_denominator else tokens
-    old = score(policy, rows, config.micro_batch_tokens, device, **head) if config.passes > 1 else None
-    ref = score(reference, rows, config.micro_batch_tokens, device, **head) if config.beta_kl > 0 else None
-    lengths = [len(p) + len(r) for p, r in rows]
+    old = score(policy, pairs, config.micro_batch_tokens, device, **head) if config.passes > 1 else None
+    ref = score(reference, pairs, config.micro_batch_tokens, device, **head) if config.beta_kl > 0 else None
+    rows = share_prompts(pairs, config.rollouts_per_row, config.micro_batch_tokens)  # of indices into rollouts
+    lengths = [row_length([pairs[i] for i in row]) for row in rows]
     batches = deal(lengths, config.micro_batch_tokens, dist.get_world_size())[dist.get_rank()]
+    batches = [[rows[i] for i in batch] for batch in batches]
     names = ["clip_fraction", "importance_clip_fraction", "logprob_diff", "loss"]
     sums, largest, norms = dict.fromkeys(names, 0.0), 0.0, []
     for _ in range(config.passes):
         for batch in batches:
-            input_ids, mask = collate([rows[i] for i in batch], device)
-            logprobs = policy.token_logprobs(input_ids, mask, **head)  # (n,)
-            if batch:
-                engine_logprobs = torch.cat([torch.tensor(rollouts[i]["logprobs"]) for i in batch]).to(device)
-                advantages = torch.cat([torch.full((len(rows[i][1]),), rollouts[i]["advantage"]) for i in batch])
-                old_logprobs = torch.cat([old[i] for i in batch]).to(device) if old else logprobs.detach()
-                ref_logprobs = torch.cat([ref[i] for i in batch]).to(device) if ref else None
+            input_ids, mask, attention = collate_shared([[pairs[i] for i in row] for row in batch], device)
+            logprobs = policy.token_logprobs(input_ids, mask, **head, **attention)  # (n,)
+            chosen = [i for row in batch for i in row]
+            if chosen:
+                engine_logprobs = torch.cat([torch.tensor(rollouts[i]["logprobs"]) for i in chosen]).to(device)
+                advantages = torch.cat([torch.full((len(pairs[i][1]),), rollouts[i]["advantage"]) for i in chosen])
+                old_logprobs = torch.cat([old[i] for i in chosen]).to(device) if old else logprobs.detach()
+                ref_logprobs = torch.cat([ref[i] for i in chosen]).to(device) if ref else None
                 loss, stats = grpo_loss(
                     logprobs, old_logprobs, engine_logprobs, advantages.to(device), denominator, config, ref_logprobs
                 )
@@ -240,7 +304,7 @@ def update(policy, reference, optimizer, rollouts: list[dict], config: Config, v
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         norms.append(norm.full_tensor().item())  # the same on every rank
-        check(math.isfinite(norms[-1]), "the gradient is not finite; lower --lr")
+        check(math.isfinite(norms[-1]), "the gradient is not finite; start anew in another folder with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     per_rank = gather([(sums, largest)])
@@ -328,7 +392,8 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
     # The target is asked only about what passed the gate: nothing else can earn an alignment.
     passed = [r for r in rollouts if r["parts"]["gate"]]
     pairs = [(rows[r["row"]]["solve_ids"], r["ids"]) for r in passed]
-    for r, logprobs in zip(passed, score(target, pairs, config.micro_batch_tokens, device)):
+    scores = score(target, pairs, config.micro_batch_tokens, device, chunk=config.head_chunk)
+    for r, logprobs in zip(passed, scores):
         parts, expert = r["parts"], rows[r["row"]]["expert_align"]
         # the metrics A, A_expert and align are means over these, the other parts over all rollouts
         parts["A"], parts["A_expert"] = logprobs.mean().item(), expert
@@ -391,10 +456,12 @@ def check(condition, message: str) -> None:
 
 
 def run(main) -> None:
-    """Runs a script's main, and ends this process at once where it fails: without waiting for collectives that the
-    other ranks will never answer (torchrun ends those), and without the exit handlers of an engine that is alive."""
+    """Runs a script's main and ends the process at once: without waiting for collectives that other ranks will never
+    answer where it fails (torchrun ends those), and without the exit handlers of an engine that is alive, or the two
+    seconds in which Python takes apart what was imported."""
+    code = 0
     try:
-        return main()
+        main()
     except SystemExit as end:
         is_message = isinstance(end.code, str)
         if is_message:
@@ -638,12 +705,13 @@ def collate(rows: list[tuple[list[int], list[int]]], device):
     return input_ids.to(device), mask.to(device)
 
 
-def response_states(model, input_ids, mask, vocab: int | None = None):
+def response_states(model, input_ids, mask, vocab: int | None = None, **attention):
     """What the head sees where a token of `mask` is predicted, (N, H), and the head itself, (V, H).
 
     `vocab` leaves out the head's rows behind the tokenizer's last id, which an engine is forbidden to sample.
+    `attention`: attention_mask (B, 1, T, T) and position_ids (B, T), if a row is more than one text.
     """
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+    hidden = model.model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][mask[:, 1:]], model.lm_head.weight[:vocab]  # the state at t-1 predicts token t
 
 
@@ -658,12 +726,12 @@ def head_logprobs(hidden, head, targets, chunk: int, temperature: float = 1.0):
     return -F.linear_cross_entropy(states, head.float(), targets, reduction="none", options=options)
 
 
-def token_logprobs(model, input_ids, mask, chunk: int = 256, temperature: float = 1.0, vocab: int | None = None):
+def token_logprobs(model, input_ids, mask, chunk=256, temperature=1.0, vocab: int | None = None, **attention):
     """log p(token | the tokens before it) wherever `mask` is set, fp32 (N,).
 
     input_ids (B, T) int64, right-padded; mask (B, T) bool, never set at column 0; the N set places in row-major order.
     """
-    hidden, head = response_states(model, input_ids, mask, vocab)
+    hidden, head = response_states(model, input_ids, mask, vocab, **attention)
     return head_logprobs(hidden, head, input_ids[:, 1:][mask[:, 1:]], chunk, temperature)
 
 
@@ -705,7 +773,8 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
             model.requires_grad_(train)
             for layer in model.model.layers:  # each is moved to the GPU as it is sharded: no GPU ever holds the whole
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
-            # the root's weights stay gathered after its forward: the head is used when response_states has returned
+            # the root (embedding, last norm, head) stays gathered behind its forward: for the backward, or until
+            # `reshard` where there is none
             fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         dist.barrier()
     if gradient_checkpointing:
@@ -817,7 +886,7 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
 
     Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
     pass on a GPU: one that scores makes logits for all of them. Call it before seeding torch: it resets the global
-    generator. Call `stop_engine` before `destroy_process_group`.
+    generator. At a stage's end it is not stopped: the process ends with it (`run`).
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -837,6 +906,8 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
         machine["max_num_batched_tokens"] = batched_tokens
     import vllm
     from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    gc.freeze()  # vLLM collects garbage five times while it starts: a second, if it looks at all that was imported
 
     class UsedVocabulary(LogitsProcessor):
         """Embeddings are often padded beyond the tokenizer; those ids mean nothing and must not be sampled."""
@@ -867,27 +938,6 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
         seed=request_seed(seed, int(os.environ["RANK"])),  # which a GPU draws from; on a CPU each request has its own
         **machine,
     )
-
-
-def stop_engine(llm) -> None:
-    """Frees the engine and its memory; the process group stays, and another engine can be started. It must be awake.
-
-    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch, and with it
-    the groups of the sharded models that are still to be used or saved. Left to the exit, it fails there.
-    """
-    from vllm.distributed.parallel_state import destroy_model_parallel
-
-    if finalizer := getattr(llm.llm_engine, "_finalizer", None):
-        finalizer()  # what torch.compile holds on to: the weights
-    client = llm.llm_engine.engine_core
-    client._finalizer.detach()
-    client.engine_core.model_executor.shutdown()
-    client.engine_core.scheduler.shutdown()
-    gc.unfreeze()
-    destroy_model_parallel()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def request_seed(*parts) -> int:
@@ -924,13 +974,17 @@ def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typ
     engine = llm.llm_engine
     for i, (ids, param) in enumerate(zip(prompts, params)):
         engine.add_request(str(i), {"prompt_token_ids": ids}, param)
-    disable = not desc or bool(int(os.environ["RANK"]))
-    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt") as bar:
+    disable, sampled, start = not desc or bool(int(os.environ["RANK"])), 0, time.perf_counter()
+    # the first prompts finish late, so the bar (redrawn in time, not by prompts) also tells the tokens
+    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt", miniters=0) as bar:
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    bar.update()
-                    yield int(output.request_id), output
+            sampled += len(engine.engine_core.engine_core.scheduler.running)  # each gets a token in a step, or nearly
+            finished = [output for output in engine.step() if output.finished]
+            speed = sampled / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            bar.update(len(finished))
+            for output in finished:
+                yield int(output.request_id), output
 
 
 def reload_engine(llm, **weights) -> None:
@@ -976,7 +1030,10 @@ def main():
     save_config(config, out, MAY_CHANGE, inputs)
     rank, world, device = init_distributed()  # torchrun has started one process a GPU; from here on they are one group
     if on_rank0(lambda: (out / "model").exists()):
-        return print(f"{out}: finished already") if rank == 0 else None
+        if rank == 0:
+            remove_checkpoints(out)  # a kill may have come between the model and this
+            print(f"{out}: finished already")
+        return
 
     dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32  # models are saved in what they came in
     vocab, sleeps = reward.used_vocabulary(tokenizer), device.type == "cuda"
@@ -993,15 +1050,17 @@ def main():
 
     tau = 0.0
     if config.task == "map":
-        # A(y°|x) of every demonstration, once; its spread is the unit in which a rewrite's gain is measured.
+        # A(y°|x) of every demonstration, at every start; its spread is the unit in which a rewrite's gain is measured.
         experts = [(row["solve_ids"], reward.response_ids(tokenizer, row["solution"])) for row in rows]
-        scores = score(target, experts, config.micro_batch_tokens, device, desc="score expert texts")
+        chunk, desc = config.head_chunk, "score expert texts"
+        scores = score(target, experts, config.micro_batch_tokens, device, desc, chunk=chunk)
         for row, logprobs in zip(rows, scores):
             row["expert_align"] = logprobs.mean().item()
         tau = max(float(np.std([row["expert_align"] for row in rows])), 0.5)
 
     elapsed, generated = (done[-1]["elapsed"], done[-1]["generated_tokens"]) if done else (0.0, 0)
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=config.task, disable=rank > 0)
+    total = None if config.max_seconds else config.steps  # where time ends the run, the bar tells the time
+    bar = tqdm(range(first, config.steps), initial=first, total=total, desc=config.task, disable=rank > 0)
     for step in bar:
         if config.max_seconds and elapsed >= config.max_seconds:
             break
@@ -1076,9 +1135,9 @@ def main():
                 for r in rollouts[:: max(len(rollouts) // max(config.show, 1), 1)][: config.show]:
                     shown = {"step": step + 1, "id": rows[r["row"]]["id"], "reward": r["reward"], "text": r["text"]}
                     f.write(json.dumps(shown | {"parts": r["parts"]}) + "\n")
-            bar.set_postfix(
-                {k: f"{line[k]:.2f}" for k in ("reward", "clean", "correct", "A", "logprob_diff") if k in line}
-            )
+            shown = [f"{k} {line[k]:.2f}" for k in ("reward", "clean", "correct", "A", "logprob_diff") if k in line]
+            time_left = [f"{elapsed:.0f} of {config.max_seconds:.0f} s"] * (config.max_seconds > 0)
+            bar.set_postfix_str(", ".join([*shown, f"{line['tokens_per_second']:,.0f} tokens/s", *time_left]))
             if stats and stats["logprob_diff"] > 0.05:
                 print(
                     f"warning: step {step + 1}: engine and trainer disagree by {stats['logprob_diff']:.3f} nats a "
@@ -1091,14 +1150,10 @@ def main():
         if config.save_every and (step + 1) % config.save_every == 0:
             save_checkpoint(out, step + 1, policy, optimizer)
 
-    # --- the end: a plain Hugging Face folder, written before the engine is stopped ---
+    # --- the end: a plain Hugging Face folder ---
     save_model(policy, tokenizer, out / "model", dtype)
     if rank == 0:
         remove_checkpoints(out)
-    if sleeps:
-        llm.wake_up()  # one that sleeps has freed its memory already, and would free it again
-    stop_engine(llm)
-    if rank == 0:
         print(f"wrote {out / 'model'}")
     dist.destroy_process_group()
 

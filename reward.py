@@ -668,8 +668,7 @@ def _read(answer: str) -> Answer:
 def normal_form(answer: str) -> str:
     """An answer's key in a majority vote: a number's exact value (1/2 for \\frac{1}{2} and 0.5), else its one spelling.
 
-    Names in front and units behind are left out. Equal keys are equal answers, but not the other way round: that x+1
-    is 1+x only `verify` finds out.
+    Names in front and units behind are left out, so 5 km and 5 kg share a key; that x+1 is 1+x only `verify` finds out.
     """
     read = _read(answer)
     return read.text if read.value is None else str(read.value)

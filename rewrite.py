@@ -85,20 +85,20 @@ class Config:
     limit: int = 0  # only the first rows of the data (0: all)
     share: float = 1.0  # share of the rows that are written for; the others keep the expert's text unseen
     # --- texts ---
-    samples: int = 8  # texts a demonstration and prompt (K); more: a better best one, in proportion more generation
+    samples: int = 8  # texts a demonstration and prompt (K); more: the best one is better, generation takes longer
     temperature: float = 1.0  # of sampling; lower: safer and less varied texts
     max_tokens: int = 1024  # longest text; what does not end by itself is never kept
-    max_model_len: int = 3072  # longest prompt and text together; a demonstration that does not fit keeps its text
+    max_model_len: int = 3072  # longest prompt and text together; for prompts that do not fit nothing is written
     # --- selection ---
     keep: str = "first"  # which verified text: first, random or likeliest (by A); dart and rasft have their own rule
-    fallback: bool = True  # without an eligible text keep the expert's; False leaves the problem out (not for rasft)
+    fallback: bool = True  # with no text to keep the expert's is; False leaves the problem out (not for rasft)
     min_fidelity: float = 0.8  # dart: share of the expert's intermediate results to be kept, in order; 0: off
     hard_cheats: list[str] | None = None  # each excludes a text; "none": none does; default: all for dart, else none
     soft_weight: float = 0.25  # dart: what each soft cheat costs, times its strength in [0, 1], in nats a token
     weights: str = "monotone"  # rasft: monotone (own solutions replace the expert's share by share) or released
     # --- machine ---
     gpu_memory: float = 0.9  # share of the GPU that the engine may take
-    seed: int = 0  # on a CPU each request is seeded from (seed, prompt, id), on a GPU the engine from (seed, rank)
+    seed: int = 0  # on a CPU each request is seeded from (seed, source, id), on a GPU the engine from (seed, rank)
 
     def __post_init__(self):
         check(self.method in METHODS, f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
@@ -142,7 +142,7 @@ def candidate_row(row: dict, candidates: list[dict], k: int, weight: float = 1.0
 
 def fall_back(row: dict, candidates: list[dict], config: Config) -> list[dict]:
     """The expert's text where it may stand in, and for rows that --share has left out."""
-    return [expert_row(row)] if config.fallback or not candidates else []
+    return [expert_row(row)] if config.fallback or not row["in_share"] else []
 
 
 def verified(candidate: dict) -> bool:
@@ -160,7 +160,7 @@ KEEP = {  # which of the verified candidates (numbers, candidates, row, config)
 
 
 def select_dart(row: dict, candidates: list[dict], config: Config) -> list[dict]:
-    """The clean rewrite that the target finds likeliest, less soft cheats; equals: the first; none: the expert."""
+    """The clean rewrite that the target finds likeliest, less soft cheats; if none is clean, the expert's text."""
     clean = [k for k, c in enumerate(candidates) if c["clean"]]
     if not clean:
         return fall_back(row, candidates, config)
@@ -172,7 +172,7 @@ def select_dart(row: dict, candidates: list[dict], config: Config) -> list[dict]
 
 
 def select_verified(row: dict, candidates: list[dict], config: Config) -> list[dict]:
-    """One verified candidate, by --keep; none: the expert. Later prompts only ever had rows without one."""
+    """One verified candidate, by --keep, or the expert's text. A further prompt was for rows without one only."""
     good = [k for k, c in enumerate(candidates) if verified(c)]
     if not good:
         return fall_back(row, candidates, config)
@@ -277,6 +277,26 @@ def judge(row: dict, candidates: list[dict], source: str, config: Config) -> lis
     return judged
 
 
+def stop_engine(llm) -> None:
+    """Frees the mapper's engine and its memory; the process group stays, and the target's can be started.
+
+    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch.
+    """
+    from vllm.distributed.parallel_state import destroy_model_parallel
+
+    if finalizer := getattr(llm.llm_engine, "_finalizer", None):
+        finalizer()  # what torch.compile holds on to: the weights
+    client = llm.llm_engine.engine_core
+    client._finalizer.detach()
+    client.engine_core.model_executor.shutdown()
+    client.engine_core.scheduler.shutdown()
+    gc.unfreeze()
+    destroy_model_parallel()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -> typing.Iterator[tuple[int, float]]:
     """Yields (index, A(y|x)) of (problem, text) pairs as the engine finishes them.
 
@@ -366,10 +386,12 @@ def check(condition, message: str) -> None:
 
 
 def run(main) -> None:
-    """Runs a script's main, and ends this process at once where it fails: without waiting for collectives that the
-    other ranks will never answer (torchrun ends those), and without the exit handlers of an engine that is alive."""
+    """Runs a script's main and ends the process at once: without waiting for collectives that other ranks will never
+    answer where it fails (torchrun ends those), and without the exit handlers of an engine that is alive, or the two
+    seconds in which Python takes apart what was imported."""
+    code = 0
     try:
-        return main()
+        main()
     except SystemExit as end:
         is_message = isinstance(end.code, str)
         if is_message:
@@ -611,7 +633,7 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
 
     Log-probabilities are those of the distribution that was sampled from (after temperature). `batched_tokens` bounds a
     pass on a GPU: one that scores makes logits for all of them. Call it before seeding torch: it resets the global
-    generator. Call `stop_engine` before `destroy_process_group`.
+    generator. At a stage's end it is not stopped: the process ends with it (`run`).
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -631,6 +653,8 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
         machine["max_num_batched_tokens"] = batched_tokens
     import vllm
     from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    gc.freeze()  # vLLM collects garbage five times while it starts: a second, if it looks at all that was imported
 
     class UsedVocabulary(LogitsProcessor):
         """Embeddings are often padded beyond the tokenizer; those ids mean nothing and must not be sampled."""
@@ -661,27 +685,6 @@ def start_engine(folder, max_model_len, device, vocab, gpu_memory, seed, sleep=F
         seed=request_seed(seed, int(os.environ["RANK"])),  # which a GPU draws from; on a CPU each request has its own
         **machine,
     )
-
-
-def stop_engine(llm) -> None:
-    """Frees the engine and its memory; the process group stays, and another engine can be started. It must be awake.
-
-    These are the steps of vLLM's own shutdown, which would also destroy the default process group of torch, and with it
-    the groups of the sharded models that are still to be used or saved. Left to the exit, it fails there.
-    """
-    from vllm.distributed.parallel_state import destroy_model_parallel
-
-    if finalizer := getattr(llm.llm_engine, "_finalizer", None):
-        finalizer()  # what torch.compile holds on to: the weights
-    client = llm.llm_engine.engine_core
-    client._finalizer.detach()
-    client.engine_core.model_executor.shutdown()
-    client.engine_core.scheduler.shutdown()
-    gc.unfreeze()
-    destroy_model_parallel()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def request_seed(*parts) -> int:
@@ -718,13 +721,17 @@ def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typ
     engine = llm.llm_engine
     for i, (ids, param) in enumerate(zip(prompts, params)):
         engine.add_request(str(i), {"prompt_token_ids": ids}, param)
-    disable = not desc or bool(int(os.environ["RANK"]))
-    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt") as bar:
+    disable, sampled, start = not desc or bool(int(os.environ["RANK"])), 0, time.perf_counter()
+    # the first prompts finish late, so the bar (redrawn in time, not by prompts) also tells the tokens
+    with tqdm(total=len(prompts), desc=desc, disable=disable, unit="prompt", miniters=0) as bar:
         while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    bar.update()
-                    yield int(output.request_id), output
+            sampled += len(engine.engine_core.engine_core.scheduler.running)  # each gets a token in a step, or nearly
+            finished = [output for output in engine.step() if output.finished]
+            speed = sampled / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            bar.update(len(finished))
+            for output in finished:
+                yield int(output.request_id), output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -744,7 +751,7 @@ def main():
     stamps = [weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
-    rows = [{name: row[name] for name in fields} | {"weights": stamps} for row in rows]  # ours go beside these four
+    rows = [{name: row[name] for name in fields} for row in rows]  # ours go beside these four
     expert_length = {r["id"]: sum(map(len, reward.text_ids(tokenizer, r["problem"], r["solution"]))) for r in rows}
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
@@ -752,38 +759,42 @@ def main():
     long = {i for i, length in longest.items() if length + 1 > config.max_model_len} - too_long
     check(len(long | too_long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
     share = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share}
-    written = share - long - too_long
-    check(written, f"--share {config.share}: none of the {len(rows)} rows falls into it; raise it")
+    to_write = share - long - too_long
+    check(to_write, f"--share {config.share}: none of the {len(rows)} rows falls into it and fits; raise it")
     output = Path(config.output_dir)
     save_config(config, output, may_change=("output_dir", "gpu_memory"))
     rank, world, device = init_distributed()
     if long and rank == 0:
         print(
-            f"{len(long)} prompts exceed --max_model_len {config.max_model_len}; nothing is written for", *sorted(long)
+            f"{len(long)} prompts exceed --max_model_len {config.max_model_len}; nothing is written for",
+            *sorted(long)[:10],
         )
     if too_long and rank == 0:
         print(
             f"{len(too_long)} rows do not fit into the {readable} tokens that the target reads, left out:",
-            *sorted(too_long),
+            *sorted(too_long)[:10],
         )
-    rows = [row for row in rows if row["id"] not in too_long]
-    scored = on_rank0(lambda: read_parts(output, "scored", rows))
+    stamps = on_rank0(lambda: stamps)  # nodes may have copies of a model with other dates
+    rows = [row | {"models": stamps, "in_share": row["id"] in share} for row in rows if row["id"] not in too_long]
+    scored = on_rank0(lambda: set(read_parts(output, "scored", rows)))
     known = {source: on_rank0(lambda s=source: read_parts(output, f"candidates_{s}", rows)) for source in sources}
 
     # --- 2. generate, grade and judge: a further prompt only where no text is verified yet ---
     rest = [row for row in rows if row["id"] not in scored]
+    rest.sort(key=lambda row: row["id"] in known[sources[0]])  # what a killed rank did not write is dealt to all
     mine, engine, running = rest[rank::world], None, ""
     vocab = reward.used_vocabulary(tokenizer)
     # room for the longest text, which has to be scored, its stop id, and the token that scoring throws away
     max_len = min(readable, max(config.max_model_len, *(expert_length[row["id"]] for row in rows)) + 2)
     flags = dict(device=device, vocab=vocab, gpu_memory=config.gpu_memory, seed=config.seed, batched_tokens=2048)
-    if any(row["id"] in written and row["id"] not in known[source] for row in rest for source in sources):
+    # of all ranks' rows: starting an engine is collective
+    if any(row["id"] in to_write and row["id"] not in known[source] for row in rest for source in sources):
         running = config.mapper
         engine = start_engine(running, max_len if running == config.target else config.max_model_len, **flags)
     judged: dict[str, list[dict]] = {row["id"]: [] for row in mine}
     seconds = dict.fromkeys(judged, 0.0)
     for source in sources:
-        open_rows = [r for r in mine if r["id"] in written and not any(map(verified, judged[r["id"]]))]
+        open_rows = [r for r in mine if r["id"] in to_write and not any(map(verified, judged[r["id"]]))]
         todo = [(row, prompts[source][row["id"]]) for row in open_rows if row["id"] not in known[source]]
         if todo:
             known[source] |= write_texts(engine, config, tokenizer, todo, source, output)
@@ -801,8 +812,6 @@ def main():
     if mine:
         write_scores(engine, tokenizer, mine, judged, seconds, max_len, output)
     dist.barrier()
-    if engine is not None:
-        stop_engine(engine)
 
     # --- 4. select ---
     failures = torch.tensor(list(reward.FAILURES.values()), device=device)

@@ -11,7 +11,7 @@ answer ends with the stop id, whose loss counts: a model that is never taught to
            without bound (DFT; also Mind the Gap's importance weight with behaviour probability 1)
     rho_i  clip(exp(mean_t log p_ref - mean_t log p), low, high): RASFT's ratio of the frozen reference to the model.
            mean_t log p_ref is the row's `align`, which rewrite.py has stored: no second model is needed
-    KL     from the model as it was at the start, ref, over the whole vocabulary (ASFT's anchor)
+    KL     from --model, ref, over the whole vocabulary (ASFT's anchor; along a chain of --start_from too)
     N      the *global* number of response tokens of the optimizer step, all ranks and all micro-batches: a mean of
            means would let the result depend on how many processes and micro-batches there are
 
@@ -91,14 +91,16 @@ class Config:
     model: str = ""  # the target: a Hugging Face folder or hub name
     data: str = ""  # JSONL with id, problem, solution, optionally weight: a set of rewrite.py's, or demonstrations
     output_dir: str = ""  # run folder: config.json, metrics.jsonl, checkpoint-*, and at the end model/
-    start_from: str = ""  # run folder whose last checkpoint (model, optimizer, step) is carried on; leave it as it is
+    start_from: str = (
+        ""  # run folder whose last checkpoint (model, optimizer, step) is carried on; keep it till the end
+    )
     max_length: int = 4096  # tokens of prompt and response; longer rows are named and dropped, never truncated
     # The loss
     loss: str = "sft"  # preset of the four fields below, which can also be moved one by one: sft, dft, asft, rasft
-    power: float | None = None  # a of p_t^a: 0 imitates all tokens alike; 1 is gentle with foreign ones
+    power: float | None = None  # a of p_t^a. 0: cross entropy; 1: tokens that the model finds improbable count less
     rho_low: float | None = None  # lower clip of RASFT's ratio; 1 in both: no ratio, no need for `align`
     rho_high: float | None = None  # upper clip
-    anchor: float | None = None  # lambda; more: stays nearer to the start. Above 0 a frozen copy is kept
+    anchor: float | None = None  # lambda; more: stays nearer to --model. Above 0 a frozen copy of it is kept
     # Schedule
     lr: float = 1e-5  # peak learning rate; too high and what the target could do before is forgotten
     steps: int = 0  # optimizer steps of this run; 0 = as many as `epochs` needs
@@ -118,7 +120,7 @@ class Config:
     head_chunk: int = 256  # tokens whose logits exist at one time
     # The run
     seed: int = 0  # order of the rows
-    save_every: int = 0  # steps between checkpoints; 0 = none during the run
+    save_every: int = 100  # steps between checkpoints; 0: none, and a killed run starts over
     log_every: int = 1  # steps between rows of metrics.jsonl
 
     def __post_init__(self):
@@ -140,7 +142,8 @@ RANGES = {
     "[0, 1)": "beta1 beta2",
     "[0, 1]": "warmup min_lr_ratio",
 }
-MAY_CHANGE = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "save_every")  # on a restart
+# flags that may differ between a run and its continuation
+MAY_CHANGE = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "save_every", "log_every")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,7 +212,10 @@ def read_rows(config: Config) -> list[dict]:
     if config.loss == "rasft":
         fields["weight"] = float
         hint = "; --loss rasft needs a training set of `rewrite.py --method rasft`"
-    return read_jsonl(config.data, fields, ("id", "source", "sample"), {"weight": float, "align": float}, hint)
+    rows = read_jsonl(config.data, fields, ("id", "source", "sample"), {"weight": float, "align": float}, hint)
+    for row in rows:  # below 0 a text would be unlearnt, without a bound
+        check(row.get("weight", 1) >= 0, f"{config.data}: id {row['id']!r} has weight {row.get('weight')}, below 0")
+    return rows
 
 
 def other_policy(config: Config) -> str:
@@ -251,10 +257,12 @@ def check(condition, message: str) -> None:
 
 
 def run(main) -> None:
-    """Runs a script's main, and ends this process at once where it fails: without waiting for collectives that the
-    other ranks will never answer (torchrun ends those), and without the exit handlers of an engine that is alive."""
+    """Runs a script's main and ends the process at once: without waiting for collectives that other ranks will never
+    answer where it fails (torchrun ends those), and without the exit handlers of an engine that is alive, or the two
+    seconds in which Python takes apart what was imported."""
+    code = 0
     try:
-        return main()
+        main()
     except SystemExit as end:
         is_message = isinstance(end.code, str)
         if is_message:
@@ -498,12 +506,13 @@ def collate(rows: list[tuple[list[int], list[int]]], device):
     return input_ids.to(device), mask.to(device)
 
 
-def response_states(model, input_ids, mask, vocab: int | None = None):
+def response_states(model, input_ids, mask, vocab: int | None = None, **attention):
     """What the head sees where a token of `mask` is predicted, (N, H), and the head itself, (V, H).
 
     `vocab` leaves out the head's rows behind the tokenizer's last id, which an engine is forbidden to sample.
+    `attention`: attention_mask (B, 1, T, T) and position_ids (B, T), if a row is more than one text.
     """
-    hidden = model.model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, H)
+    hidden = model.model(input_ids=input_ids, use_cache=False, **attention).last_hidden_state  # (B, T, H)
     return hidden[:, :-1][mask[:, 1:]], model.lm_head.weight[:vocab]  # the state at t-1 predicts token t
 
 
@@ -518,12 +527,12 @@ def head_logprobs(hidden, head, targets, chunk: int, temperature: float = 1.0):
     return -F.linear_cross_entropy(states, head.float(), targets, reduction="none", options=options)
 
 
-def token_logprobs(model, input_ids, mask, chunk: int = 256, temperature: float = 1.0, vocab: int | None = None):
+def token_logprobs(model, input_ids, mask, chunk=256, temperature=1.0, vocab: int | None = None, **attention):
     """log p(token | the tokens before it) wherever `mask` is set, fp32 (N,).
 
     input_ids (B, T) int64, right-padded; mask (B, T) bool, never set at column 0; the N set places in row-major order.
     """
-    hidden, head = response_states(model, input_ids, mask, vocab)
+    hidden, head = response_states(model, input_ids, mask, vocab, **attention)
     return head_logprobs(hidden, head, input_ids[:, 1:][mask[:, 1:]], chunk, temperature)
 
 
@@ -565,7 +574,8 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
             model.requires_grad_(train)
             for layer in model.model.layers:  # each is moved to the GPU as it is sharded: no GPU ever holds the whole
                 fully_shard(layer, mesh=mesh, mp_policy=policy)
-            # the root's weights stay gathered after its forward: the head is used when response_states has returned
+            # the root (embedding, last norm, head) stays gathered behind its forward: for the backward, or until
+            # `reshard` where there is none
             fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
         dist.barrier()
     if gradient_checkpointing:
@@ -686,6 +696,8 @@ def main():
         hint = "no checkpoint there: name the run's folder, not its model/; and that run needs --schedule_steps"
         check(carried, f"--start_from {config.start_from}: {hint}")
         first = int(carried.name.removeprefix("checkpoint-"))
+        made = json.loads((Path(config.start_from) / "config.json").read_text())["config"]
+        check(first < made["schedule_steps"], f"--start_from {config.start_from}: its schedule ended with it")
     tokenizer = reward.load_tokenizer(config.model)
     source = AutoConfig.from_pretrained(config.model)
     limit = min(config.max_length, source.max_position_embeddings)
@@ -701,7 +713,11 @@ def main():
     rank, world, device = init_distributed()
     save_config(config, folder, MAY_CHANGE, inputs)
     if on_rank0(lambda: (folder / "model").exists()):
-        return print(f"{folder / 'model'} is there: this run is finished") if rank == 0 else None
+        if rank == 0:
+            if total == end:
+                remove_checkpoints(folder)  # a kill may have come between the model and this
+            print(f"{folder / 'model'} is there: this run is finished")
+        return
 
     # --- 2. model and optimizer ---
     if rank == 0 and (warning := other_policy(config)):
@@ -711,7 +727,7 @@ def main():
         print(f"{len(dropped)} of {len(rows)} rows are longer than {limit} tokens and are dropped: {named}", flush=True)
     model = load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
     reference = None
-    if config.anchor > 0:
+    if config.anchor > 0:  # sharded by itself: neither in the optimizer nor in what is saved; its root stays gathered
         reference = load_model(config.model, device, train=False)
         add_sharded_method(model, anchored_logprobs)
         add_sharded_method(reference, response_states)
@@ -765,7 +781,10 @@ def main():
 
         # --- 5. update ---
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).full_tensor().item()
-        check(math.isfinite(norm), f"step {step + 1}: the gradient is not finite; lower --lr")
+        check(
+            math.isfinite(norm),
+            f"step {step + 1}: the gradient is not finite; start anew in another folder with a lower --lr",
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -781,10 +800,10 @@ def main():
             row |= dict(tokens_per_second=tokens / seconds, peak_memory=peak_memory(device))
             with (folder / "metrics.jsonl").open("a") as out:
                 out.write(json.dumps(row) + "\n")
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
         bar.update()
-        # the last step needs one only if somebody will carry the schedule on
-        if total > end if step == end else config.save_every and step % config.save_every == 0:
+        due = config.save_every > 0 and step % config.save_every == 0 and step < end
+        if due or (step == end < total):  # behind the last step only if another run carries the schedule on
             save_checkpoint(folder, step, model, optimizer)
     bar.close()
 

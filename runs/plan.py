@@ -93,9 +93,9 @@ def update(s, n: int, tokens: int, chunk: int, recompute: bool, b: int = 2, mode
 
 
 def asked(s, n: int, tokens: int = 0, b: int = 2) -> dict:
-    """A pass of a frozen model, whose root stays gathered ever after: one MLP at work, the head without gradient."""
+    """A pass of a frozen model, with its root gathered: one MLP at work, the head without gradient."""
     passing = dict(activations=tokens * b * 3 * (s.intermediate + s.hidden), head=head_bytes(s, SCORE_CHUNK, b, False))
-    return dict(frozen=b * (s.weights / n + s.root), gathered=b * s.layer * min(n, 2)) | passing
+    return dict(frozen=b * s.weights / n, gathered=b * (s.root + s.layer * min(n, 2))) | passing
 
 
 def engine(s, c, m: Config, b: int = 2, passing: int = 8192, scores: bool = False) -> dict:
@@ -131,13 +131,20 @@ def mapper_rl(c, r, m: Config, n: int) -> tuple:
     moments["generate"] = awake | state | dict(frozen=frozen, buffers=(4 + 2) * s.head, spare=spare)  # sync: embedding
     moments |= {"score": awake | state | expert | dict(frozen=frozen, spare=spare)} if maps else {}
     tokens = padded(c.micro_batch_tokens, rollouts / n, c.max_model_len)
-    moments |= update(s, n, tokens, c.head_chunk, c.gradient_checkpointing, frozen=frozen, spare=spare)
+    row = min(c.micro_batch_tokens, c.max_model_len + (c.rollouts_per_row - 1) * c.max_tokens)
+    mask = 2 * tokens * row * (c.rollouts_per_row > 1)  # which tokens of its row each token sees
+    moments |= update(s, n, tokens, c.head_chunk, c.gradient_checkpointing, frozen=frozen, mask=mask, spare=spare)
     text = min(m.response_tokens, c.max_tokens)
-    length = m.prompt_tokens + m.response_tokens * maps + text  # the mapper is shown the expert's solution
-    work = (6 + 2 * c.gradient_checkpointing) * c.passes + 2 * (c.passes > 1) + 2 * (c.beta_kl > 0)
-    scored = c.steps * rollouts * (m.prompt_tokens + text) + r.data * (m.prompt_tokens + m.response_tokens)
-    operations = work * s.weights * c.steps * rollouts * length + 2 * r.target.weights * scored * maps
-    return moments, c.steps * rollouts * text, c.steps * rollouts * c.passes * length, operations
+    prompt = m.prompt_tokens + m.response_tokens * maps  # the mapper is shown the expert's solution
+    length = prompt / min(c.rollouts_per_row, c.group_size) + text
+    again = 2 * (c.passes > 1) + 2 * (c.beta_kl > 0)  # scored before the update, each rollout behind its own prompt
+    work = (6 + 2 * c.gradient_checkpointing) * c.passes * length + again * (prompt + text)
+    # operations a step, and of the experts' texts before the first one
+    step = rollouts * (work * s.weights + 2 * r.target.weights * (m.prompt_tokens + text) * maps)
+    experts = 2 * r.target.weights * r.data * (m.prompt_tokens + m.response_tokens) * maps
+    seconds = rollouts * text / (m.decode_tokens_per_second * n) + step / (m.tflops * 1e12 * m.mfu * n)
+    steps = min(c.steps, math.ceil(c.max_seconds / seconds) if c.max_seconds else math.inf)
+    return moments, steps * rollouts * text, steps * rollouts * c.passes * length, steps * step + experts
 
 
 def rewrite(c, r, m: Config, n: int) -> tuple:
@@ -152,7 +159,11 @@ def rewrite(c, r, m: Config, n: int) -> tuple:
 
 def sft(c, r, m: Config, n: int) -> tuple:
     s, anchored, recompute, spare = r.model, c.anchor > 0, c.gradient_checkpointing, m.spare_gib * GIB
-    frozen, tokens = asked(s, n)["frozen"] * anchored, padded(c.micro_batch_tokens, c.batch_size / n, c.max_length)
+    # the reference's root stays gathered: its head is used behind its pass
+    frozen, tokens = (
+        anchored * (asked(s, n)["frozen"] + 2 * s.root),
+        padded(c.micro_batch_tokens, c.batch_size / n, c.max_length),
+    )
     moments = update(s, n, tokens, c.head_chunk, recompute, models=1 + anchored, frozen=frozen, spare=spare)
     moments["load"] = dict(weights=sharding(s, n, 4), spare=spare)
     length, steps = m.prompt_tokens + m.response_tokens, c.steps or math.ceil(c.epochs * r.data / c.batch_size)
@@ -179,7 +190,8 @@ def read_line(line: str, m: Config) -> tuple:
 
 
 def read_files(c, m: Config, written: dict) -> SimpleNamespace:
-    """Shapes of the models and rows of the data that a stage's flags name. `written`: {output_dir: shape} so far."""
+    """Shapes of the models and rows of the data that a stage's flags name. `written`: {output_dir: shape}, and {path:
+    most rows} of training sets, so far."""
 
     def shape(folder: str):
         try:
@@ -198,8 +210,11 @@ def read_files(c, m: Config, written: dict) -> SimpleNamespace:
     r = SimpleNamespace(**{k: shape(v) for k, v in vars(c).items() if k in ("model", "target", "mapper")})
     r.models = [shape(model.partition("=")[2] or model) for model in getattr(c, "models", [])]
     r.benchmarks = [rows(path, 500) for path in getattr(c, "benchmarks", [])]
-    r.data = rows(c.data, m.rows) if hasattr(c, "data") else 0
+    r.data = rows(c.data, written.get(Path(c.data)) or m.rows) if hasattr(c, "data") else 0
     written[Path(c.output_dir)] = getattr(r, "model", None)
+    if hasattr(c, "samples") and hasattr(c, "data"):  # rewrite.py; RASFT may keep the expert's text and all rollouts
+        rows_each = 1 + c.samples * (c.method == "rasft")
+        written[Path(c.output_dir) / "train.jsonl"] = min(r.data, c.limit or r.data) * rows_each
     return r
 
 

@@ -7,4 +7,4 @@ bash runs/setup.sh
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that spin at barriers crawl where cores are shared
-.venv/bin/python -m pytest tests -q --durations=8 "$@"
+.venv/bin/python -m pytest tests -q --durations=8 -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -258,6 +258,7 @@ def completion(predicted, correct, greedy=False) -> dict:
         ("7+ 8- 7+ 8-", (0.5, 1, 1)),
         ("8- 8- 8- 7+", (0.25, 1, 0)),
         ("1/2+ \\frac{1}{2}+ 0.5+ 3- 3-", (0.6, 1, 1)),  # three votes for one number
+        ("5\\,kg- 5\\,km+ 5\\,km+ 3-", (0.5, 1, 1)),  # a vote leaves units out: most of these three are right
         (". . . 7+", (0.25, 1, 1)),  # no answer is no vote
         (". . . .", (0, 0, 0)),
     ],
@@ -284,15 +285,21 @@ def test_intervals_are_over_problems():
     assert (two["high"] - two["low"]) / 2 == pytest.approx(0.098 / 2**0.5, abs=0.009)
 
 
-def test_paired_bootstrap_by_hand():
-    # Differences 0 and 1: the resampled mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4; P(<= 0) = 1/4, so p = 1/2.
+def test_paired_differences_by_hand():
+    # Differences 0 and 1: the resampled mean is 0, 1/2, 1 with probability 1/4, 1/2, 1/4. Either sign is as large.
     told = evaluate.paired([{"a": 0.5, "b": 0.0, "c": 1.0}], [{"b": 1.0, "a": 0.5, "d": 0.0}])
     assert (told["difference"], told["low"], told["high"], told["problems"]) == (0.5, 0.0, 1.0, 2)
-    assert told["p"] == pytest.approx(0.5, abs=0.05)
-    # The same difference everywhere: no spread, however different the problems are; p at its floor.
-    first = {str(i): i / 20 for i in range(10)}
+    assert told["p"] == 1.0
+    # The same difference everywhere: no spread, however different the problems are. Of 2^n signs two are as large.
+    first = {str(i): i / 20 for i in range(3)}
     told = evaluate.paired([first], [{i: v + 0.25 for i, v in first.items()}])
-    assert [told[k] for k in ("difference", "low", "high", "p")] == pytest.approx([0.25, 0.25, 0.25, 2 / 2000])
+    assert [told[k] for k in ("difference", "low", "high")] == pytest.approx([0.25, 0.25, 0.25])
+    assert told["p"] == pytest.approx(2 / 8, abs=0.05)
+    # differences 0.2, -0.1 and 0.2 of one benchmark, 0.2 of another: (0.1 + 0.2) / 2; 4 of 16 are as large
+    a, b = {"x": 0.3, "y": 0.2, "z": 0.1}, {"x": 0.5, "y": 0.1, "z": 0.3}
+    assert evaluate.paired([a, {"w": 0.0}], [b, {"w": 0.2}])["p"] == pytest.approx(4 / 16, abs=0.05)
+    first = {str(i): i / 80 for i in range(40)}
+    assert evaluate.paired([first], [{i: v + 0.25 for i, v in first.items()}])["p"] == 1 / 2001
     assert evaluate.paired([first], [first])["p"] == 1.0
     assert evaluate.paired([first], [{"z": 1.0}]) == {}
     # Two benchmarks: the mean of their mean differences.
@@ -384,7 +391,14 @@ def config(**fields) -> rewrite.Config:
     return rewrite.Config(target="t", data="d", output_dir="o", **fields)
 
 
-ROW = dict(id="a", problem="Add 1 and 2.", solution="One plus two is three: \\boxed{3}", answer="3", expert_align=-4.0)
+ROW = dict(
+    id="a",
+    problem="Add 1 and 2.",
+    solution="One plus two is three: \\boxed{3}",
+    answer="3",
+    expert_align=-4.0,
+    in_share=True,
+)
 
 
 def test_dart_keeps_the_likeliest_clean_rewrite():
@@ -418,7 +432,10 @@ def test_other_methods_keep_a_verified_text():
         assert (first["sample"], first["source"], first["align"]) == (6, "mapper", -9.0)
         (kept,) = rewrite.select_verified(ROW, UNFIT, config(method=method))
         assert (kept["source"], kept["solution"], kept["align"]) == ("expert", ROW["solution"], -4.0)
-        assert rewrite.select_verified(ROW, UNFIT, config(method=method, fallback=False)) == []
+        alone = config(method=method, fallback=False)
+        assert rewrite.select_verified(ROW, UNFIT, alone) == rewrite.select_verified(ROW, [], alone) == []
+        (kept,) = rewrite.select_verified(ROW | {"in_share": False}, [], alone)
+        assert kept["source"] == "expert"
     (best,) = rewrite.select_verified(ROW, UNFIT + fit, config(method="self", keep="likeliest"))
     assert (best["sample"], best["source"]) == (7, "self")
     drawn = [
@@ -491,6 +508,7 @@ def test_mind_the_gap_goes_on_where_the_model_fails(world, tiny_model):
 def test_rasft_rolls_out_a_share_with_the_current_model(world, tiny_model):
     folder = world / "rolled"
     flags = f"--method rasft --target {tiny_model} --mapper {world}/other --data {world}/demos.jsonl --samples 3"
+    flags += " --temperature 0.6"  # at which the flat model is the one that it was made from: often right
     finish(start("rewrite.py", folder, f"{flags} --share 0.5 --limit 60 --max_tokens 30 --max_model_len 200"))
     scored, train = read(folder / "scored.jsonl"), read(folder / "train.jsonl")
     asked = {row["id"] for row in scored if row["candidates"]}

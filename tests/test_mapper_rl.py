@@ -154,13 +154,13 @@ def test_every_problem_once_an_epoch_over_steps_that_cross_epochs():
 
 
 def make_rollouts(tokenizer, count: int) -> list[dict]:
-    """Rollouts of other lengths, tokens and advantages, from an engine that disagrees with the trainer."""
+    """Rollouts of other lengths and advantages, three a prompt; from an engine that disagrees with the trainer."""
     generator = torch.Generator().manual_seed(1)
     rollouts = []
     for i in range(count):
         length = 3 + 5 * i % 17
         ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
-        prompt = reward.prompt_ids(tokenizer, f"Add {i} and {'1' * (i % 3 + 1)}.")
+        prompt = reward.prompt_ids(tokenizer, f"Add {i // 3} and {'1' * (i // 3 + 1)}.")
         # above and below the trainer's, whatever the temperature: some importance weights reach their cap
         logprobs = (-14 + 8 * torch.randn(length, generator=generator)).clamp(max=-0.01).tolist()
         advantage = 0.3 * torch.randn((), generator=generator).item()
@@ -180,6 +180,27 @@ def other_model(tiny_model, tmp_path_factory) -> str:
             weight += 0.02 * torch.randn_like(weight)
     model.save_pretrained(folder)
     return folder
+
+
+def test_rows_of_responses_behind_one_prompt():
+    a, b = [5, 6, 7], [5, 6]
+    pairs = [(a, [1]), (a, [2, 3]), (a, [4] * 9), (b, [1]), (b, [8]), (a, [9])]
+    # lengths 2 + 2 + 3 = 7 and, with the third, 17
+    assert mapper_rl.share_prompts(pairs, 8, 17) == [[0, 1, 2], [3, 4], [5]]
+    assert mapper_rl.share_prompts(pairs, 8, 16) == [[0, 1], [2], [3, 4], [5]]
+    assert mapper_rl.share_prompts(pairs, 2, 100) == [[0, 1], [2], [3, 4], [5]]
+    assert mapper_rl.share_prompts(pairs, 1, 100) == [[i] for i in range(6)]
+    assert mapper_rl.share_prompts(pairs, 8, 1) == [[i] for i in range(6)]
+    assert [mapper_rl.row_length([pairs[i] for i in row]) for row in ([0], [0, 1], [0, 1, 2])] == [4, 7, 17]
+
+    ids, mask, attention = mapper_rl.collate_shared([pairs[:2], pairs[3:4]], torch.device("cpu"))
+    assert ids.tolist() == [[5, 6, 7, 1, 7, 2, 3, 0], [5, 6, 1, 0, 0, 0, 0, 0]]
+    assert mask.int().tolist() == [[0, 0, 0, 1, 0, 1, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0]]
+    assert attention["position_ids"][0, :7].tolist() == [0, 1, 2, 3, 2, 3, 4]
+    assert attention["attention_mask"].shape == (2, 1, 8, 8)
+    seen = [[k for k in range(8) if row[k] == 0] for row in attention["attention_mask"][0, 0]]
+    assert seen[:7] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5, 6]]
+    assert mapper_rl.collate_shared([pairs[:1], pairs[3:4]], torch.device("cpu"))[2] == {}  # plainly causal
 
 
 def plain_update(folder: str, reference: str, rollouts: list[dict], config: mapper_rl.Config, lr: float):
@@ -253,7 +274,9 @@ def agree(got: tuple, expected: tuple, start: dict, tolerance: float) -> None:
 CASES = {
     "plain": {},
     "micro-batches": {"micro_batch_tokens": 90, "head_chunk": 7},
-    "checkpointing": {"micro_batch_tokens": 90, "gradient_checkpointing": True},
+    "own prompts": {"rollouts_per_row": 1},
+    "two a row": {"rollouts_per_row": 2, "micro_batch_tokens": 300},
+    "checkpointing": {"micro_batch_tokens": 400, "gradient_checkpointing": True},
     "cold": {"temperature": 0.6},
     "constant denominator": {"constant_denominator": True, "groups": 1, "group_size": 7, "max_tokens": 5},
     "kl": {"beta_kl": 0.3, "micro_batch_tokens": 90},

@@ -260,9 +260,10 @@ def test_tokens_and_hours_by_hand(run, base, tmp_path):
     machine |= dict(response_tokens=200, rows=640)
     rate, decode = 8 * 0.1e12 * 0.5 * 3600, 8 * 10 * 3600  # an hour, on 8 GPUs
     code, out, _ = run(
-        f"mapper_rl.py --model {base} --data demos --output_dir out/m --steps 10 --groups 8 --group_size 4",
+        f"mapper_rl.py --model {base} --data demos --output_dir out/m --steps 10 --groups 8 --group_size 4 "
+        "--rollouts_per_row 3",
         f"mapper_rl.py --task solve --model {base} --data demos --output_dir out/r --steps 10 --groups 8 "
-        "--group_size 4 --gradient_checkpointing False",
+        "--group_size 4 --gradient_checkpointing False --rollouts_per_row 1",
         f"rewrite.py --mapper out/m/model --target {base} --data demos --output_dir out/w --samples 4 --limit 100",
         f"sft.py --model {base} --data out/w/train.jsonl --output_dir out/s --epochs 2 --batch_size 32",
         f"sft.py --model {base} --data demos --output_dir out/t --steps 5 --gradient_checkpointing True --loss asft",
@@ -273,15 +274,33 @@ def test_tokens_and_hours_by_hand(run, base, tmp_path):
     assert "there is not there yet: taken to have 500 rows" in out and "two.jsonl is not" not in out
     rollouts = 10 * 8 * 4
     expected = [  # tokens generated, trained, operations a weight
-        (rollouts * 200, rollouts * 500, 8 * rollouts * 500 + 2 * rollouts * 300 + 2 * 640 * 300),
+        # three rollouts share the 300 tokens of a prompt in the update
+        (rollouts * 200, rollouts * 300, 8 * rollouts * 300 + 2 * rollouts * 300 + 2 * 640 * 300),
         (rollouts * 200, rollouts * 300, 6 * rollouts * 300),
         (100 * 4 * 200, 0, 2 * 100 * 5 * 300),
-        (0, 2 * 640 * 300, 6 * 2 * 640 * 300),
+        (0, 7 * 32 * 300, 6 * 7 * 32 * 300),  # two epochs of the 100 rows that rewriting leaves
         (0, 5 * 32 * 300, (6 + 2 + 2) * 5 * 32 * 300),
         (2 * 502 * 5 * 50, 0, 0),
     ]
     rows = [(g, g / decode, t, operations * WEIGHTS / rate) for g, t, operations in expected]
     assert hours(out) == [[g, round(a, 2), t, round(b, 2)] for g, a, t, b in [*rows, map(sum, zip(*rows))]]
+
+
+def test_steps_end_with_their_time_and_rasft_trains_on_more_rows(run, base):
+    machine = dict(gpus=1, tflops=1, mfu=0.5, decode_tokens_per_second=100, prompt_tokens=100, response_tokens=200)
+    line = f"mapper_rl.py --task solve --model {base} --data d --output_dir out/r --groups 8 --group_size 4 --steps 50"
+    line += " --rollouts_per_row 1 --gradient_checkpointing False --max_seconds"
+    generated, trained = 32 * 200, 32 * 300
+    step = generated / 100 + 6 * WEIGHTS * trained / 0.5e12  # seconds: 64 + 69
+    for limit, steps in ((0, 50), (0.9 * step, 1), (1.1 * step, 2), (1000 * step, 50)):
+        _, out, _ = run(f"{line} {limit}", **machine)
+        assert hours(out)[0][0::2] == [steps * generated, steps * trained]
+    _, out, _ = run(
+        f"rewrite.py --method rasft --mapper {base} --target {base} --data d --output_dir out/w --samples 3 --limit 64",
+        f"sft.py --model {base} --data out/w/train.jsonl --output_dir out/s --epochs 1 --batch_size 32",
+        **machine,
+    )
+    assert "taken to have 256 rows" in out and hours(out)[1][2] == 4 * 64 * 300
 
 
 def test_a_whole_recipe_fits(run, base):
