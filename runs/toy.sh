@@ -31,7 +31,7 @@ PROMPTED_GRID="--lr 3e-4 --steps 400" # untrained mapper's rewrites
 DART_GRID="--lr 3e-4 --steps 400"     # trained mapper's rewrites
 ORACLE_GRID="--lr 3e-4 --steps 400"   # native text
 RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
-    --gradient_checkpointing False --seed "$SEED")
+    --gradient_checkpointing False --rollouts_per_row 8 --seed "$SEED")
 MAPPER_GRID="--lr 1e-4 --steps 60"
 GRPO_GRID="--lr 1e-4"
 REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
@@ -50,7 +50,7 @@ dart() {
 # --- the world: base model, demonstrations in the expert's words, benchmarks ---
 if [ ! -d "$BASE" ]; then
     echo "--- $WORLD"
-    OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
+    .venv/bin/torchrun --standalone --nproc-per-node=2 runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
 fi
 
 # --- the arms ---

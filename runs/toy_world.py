@@ -25,9 +25,10 @@ Written to --output_dir:
 The problem space is cut by a hash: pretraining, demonstrations and benchmarks never share a problem, and neither do the
 benchmarks of tuning seeds (100 and above) and of the seeds that results are reported for.
 
-Left out on purpose: FSDP, bf16, resuming inside pretraining (it takes minutes). Finished parts are skipped.
+Left out on purpose: FSDP, bf16, resuming inside pretraining (it takes minutes). Finished parts are skipped. The two
+processes share out the micro-batches of a step, each with a whole model: faster than two threads of one process.
 
-    python runs/toy_world.py --output_dir out/world/seed0 --seed 0
+    torchrun --standalone --nproc-per-node=2 runs/toy_world.py --output_dir out/world/seed0 --seed 0
 """
 
 import json
@@ -43,11 +44,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import reward
 from reward import prompt_ids, response_ids, stop_id
-from sft import check, collate, micro_batches, parse_config, run, save_config, token_logprobs, write_text
+from sft import (
+    check,
+    collate,
+    init_distributed,
+    micro_batches,
+    on_rank0,
+    parse_config,
+    run,
+    save_config,
+    token_logprobs,
+    write_text,
+)
 
 
 @dataclass
@@ -341,42 +354,53 @@ def muon_step(weight, momentum, rate: float) -> None:
 
 
 def pretrain(config: Config, model, tokenizer) -> None:
-    """Next-token cross-entropy on responses; the learning rate follows the share of tokens that was seen."""
+    """Next-token cross-entropy on responses; the learning rate follows the share of tokens that was seen.
+
+    Every rank draws the same micro-batches, computes its own, and makes the same step on the sum of all gradients.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
     source = batches(config, tokenizer, random.Random(f"pretrain {config.seed}"))
     # Muon learns the hidden matrices in about half the tokens that AdamW needs; embedding and norms stay with AdamW.
     hidden = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
     momenta = [torch.zeros_like(p) for p in hidden]
     adamw = torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0)
+    parameters = list(model.parameters())
+    sizes = [p.numel() for p in parameters]
     seen, steps, average, started = 0, 0, None, time.perf_counter()
-    with tqdm(total=config.pretrain_tokens, desc="pretraining", unit="tok", unit_scale=True) as bar:
+    with tqdm(total=config.pretrain_tokens, desc="pretraining", unit="tok", unit_scale=True, disable=rank > 0) as bar:
         while seen < config.pretrain_tokens:
             done = seen / config.pretrain_tokens
             rate = config.learning_rate * min(1, (done + 1e-3) / 0.03) * (0.55 + 0.45 * math.cos(math.pi * done))
             adamw.param_groups[0]["lr"] = rate
             parts = [next(source) for _ in range(config.accumulate)]
             count = sum(len(r) for part in parts for _, r in part)
-            loss = 0.0
-            for part in parts:
+            loss = torch.zeros(1)
+            for part in parts[rank::world]:
                 input_ids, mask = collate(part, "cpu")
                 logprobs = token_logprobs(model, input_ids, mask, chunk=4096)
                 part_loss = -logprobs.sum() / count
                 part_loss.backward()
-                loss += part_loss.item()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                loss += part_loss.detach()
+            sums = torch.cat([loss, *(p.grad.flatten() for p in parameters)])  # one message for all
+            dist.all_reduce(sums)
+            loss, *gradients = sums.split([1, *sizes])
+            for p, gradient in zip(parameters, gradients):
+                p.grad.copy_(gradient.view_as(p))
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for weight, momentum in zip(hidden, momenta):
                 muon_step(weight, momentum, rate)
             adamw.step()
             model.zero_grad()
             tokens = sum(len(p) + len(r) for part in parts for p, r in part)
             seen, steps = seen + tokens, steps + 1
-            average = loss if average is None else 0.95 * average + 0.05 * loss
+            average = loss.item() if average is None else 0.95 * average + 0.05 * loss.item()
             bar.update(tokens)
             bar.set_postfix(loss=f"{average:.3f}", lr=f"{rate:.1e}")
     seconds = time.perf_counter() - started
-    print(
-        f"pretraining: {steps} steps, {seen:,} tokens, {seconds:.0f} s, {seen / seconds:,.0f} tokens/s, {average=:.3f}"
-    )
+    if rank == 0:
+        speed = f"{seen:,} tokens, {seconds:.0f} s, {seen / seconds:,.0f} tokens/s"
+        print(f"pretraining: {steps} steps, {speed}, {average=:.3f}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -425,29 +449,34 @@ def main():
     check(config.hidden_size % 64 == 0, f"--hidden_size must be a multiple of 64, got {config.hidden_size}")
     folder = Path(config.output_dir)
     save_config(config, folder)
+    rank, world, _ = init_distributed()
+    check(world <= config.accumulate, f"--accumulate {config.accumulate} is too few for {world} processes")
     started = time.perf_counter()
 
     # --- 1. data ---
-    for name, rows in data_files(config).items():
+    for name, rows in data_files(config).items() if rank == 0 else ():
         if not (folder / name).exists():
             write_text(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"data: {time.perf_counter() - started:.1f} s")
 
     # --- 2. base model ---
     base = folder / "base"
-    if base.exists():
-        print(f"{base} is there already")
+    if on_rank0(base.exists):
+        if rank == 0:
+            print(f"{base} is there already")
         return
     tokenizer = build_tokenizer(random.Random(f"tokenizer {config.seed}"))
     model = build_model(config, tokenizer)
-    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
+    if rank == 0:
+        print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens", flush=True)
     pretrain(config, model, tokenizer)
-    beside = base.with_name("base.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(base)
-    print(f"world: {time.perf_counter() - started:.0f} s, in {folder}")
+    if rank == 0:  # all ranks have the same weights
+        beside = base.with_name("base.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        beside.rename(base)
+        print(f"world: {time.perf_counter() - started:.0f} s, in {folder}")
+    dist.barrier()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ print(max(Path(sys.argv[1]).glob("*/summary.json"), key=accuracy).parent.name)
 PY
 }
 
-[ -d "$BASE" ] || OMP_NUM_THREADS=2 .venv/bin/python runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
+[ -d "$BASE" ] || .venv/bin/torchrun --standalone --nproc-per-node=2 runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
 
 if [ -z "${COMPARE:-}" ]; then
     # --- acceptance of the world ---
