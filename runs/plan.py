@@ -86,7 +86,8 @@ def update(s, n: int, tokens: int, chunk: int, recompute: bool, b: int = 2, mode
         "head": dict(gathered=b * s.root, activations=saved + final, head=head_bytes(s, chunk, b, models=models)),
         # on several GPUs the next layer is gathered ahead
         "layers": dict(gathered=b * (s.root + s.layer * min(n, 2)), activations=saved + passing, buffers=waiting),
-        "root": dict(buffers=12 * s.root if n == 1 else (4 + b) * s.root),  # reduction in fp32 (one GPU: 3 copies)
+        # reduction in fp32: input and a rank's share of the sum (one GPU: 3 copies)
+        "root": dict(buffers=12 * s.root if n == 1 else (4 + b + 4 / n) * s.root),
         "optimizer": dict(buffers=4 * s.weights / n if b < 4 else 8 * s.head / n),  # roots of all (CPU: one) tensors
     }
     return {f"update ({name})": state | parts for name, parts in moments.items()}

@@ -20,32 +20,75 @@ sys.path[:0] = [str(ROOT), str(ROOT / "runs")]
 import plan  # noqa: E402
 
 ROW = 256  # tokens in a row of the measured updates
-MEASURED = {  # the moment that is its peak: kind, widths, rows in the micro-batch, head_chunk, gradient checkpointing
+MEASURED = {  # the moment that is its peak: kind, widths, rows in the micro-batch, head_chunk, checkpointing, processes
     "layers, many activations": (
         "Qwen3",
-        dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
-             num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
-        7, 256, False,
+        dict(
+            vocab_size=8192,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=32,
+            tie_word_embeddings=True,
+        ),
+        7,
+        256,
+        False,
+        1,
     ),
     "head, many logits": (
         "Llama",
-        dict(vocab_size=65536, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=4, tie_word_embeddings=True),
-        3, 512, False,
+        dict(
+            vocab_size=65536,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            tie_word_embeddings=True,
+        ),
+        3,
+        512,
+        False,
+        1,
     ),
     "layers": (
         "Qwen2",
-        dict(vocab_size=4096, hidden_size=256, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
-             num_key_value_heads=4, tie_word_embeddings=False),
-        10, 256, True,
+        dict(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=2048,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            tie_word_embeddings=False,
+        ),
+        10,
+        256,
+        True,
+        1,
     ),
     "root": (
         "Qwen3",
-        dict(vocab_size=65536, hidden_size=160, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=40, tie_word_embeddings=False),
-        2, 64, True,
+        dict(
+            vocab_size=65536,
+            hidden_size=160,
+            intermediate_size=320,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=40,
+            tie_word_embeddings=False,
+        ),
+        2,
+        64,
+        True,
+        1,
     ),
-}  # fmt: skip
+}
+MEASURED["root, two processes"] = (*MEASURED["root"][:-1], 2)  # fmt: skip
 
 
 def status(name: str) -> int:
@@ -93,18 +136,19 @@ def test_update_memory_is_what_an_update_takes(moment, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    kind, widths, rows, chunk, recompute = MEASURED[moment]
+    kind, widths, rows, chunk, recompute, processes = MEASURED[moment]
     config = model_config(kind, **widths)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     # without this glibc keeps freed blocks, and what was freed would count as used
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    command = [sys.executable, __file__, tmp_path, rows, chunk, int(recompute)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*launch, __file__, tmp_path, rows, chunk, int(recompute)]
     done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    measured = json.loads(done.stdout)
+    measured = json.loads((tmp_path / "measured.json").read_text())
 
-    moments = plan.update(plan.shape_of(config), 1, rows * ROW, chunk, recompute, b=4)
+    moments = plan.update(plan.shape_of(config), processes, rows * ROW, chunk, recompute, b=4)
     name = max(moments, key=lambda name: sum(moments[name].values()))
     resting = moments[name]["weights"] + moments[name]["optimizer"]
     update = sum(moments[name].values()) - resting
@@ -133,9 +177,9 @@ def test_weights_gradients_optimizer_and_head_by_hand():
     assert eight["update (layers)"]["gathered"] == 2 * (808 + 2 * 600)
     # an fp32 copy of the head, its fp32 gradient, a (16, 100) matrix
     assert one["update (head)"]["head"] == 4 * 800 + 4 * 800 + 4 * 16 * 100
-    # reduced in fp32; sharded: the bf16 gradient beside it, one GPU: input, quotient and output
+    # reduced in fp32. Sharded: the bf16 gradient and an eighth of the sum; one GPU: input, quotient and output
     assert one["update (root)"]["buffers"] == 12 * 808
-    assert eight["update (root)"]["buffers"] == 6 * 808
+    assert eight["update (root)"]["buffers"] == 6.5 * 808
     # per token and layer in bf16: 2 norms (fp32 input, bf16 normalised, bf16 result), norms of q (8) and k (4),
     # q, k, v, output, 4 of the MLP; what stays of a recomputed layer is its bf16 input
     saved = 2 * 8 * (4 + 2 + 2) + 12 * (4 + 2) + 2 * (8 + 4 + 4 + 8) + 4 * 2 * 16
@@ -317,4 +361,6 @@ def test_a_whole_recipe_fits(run, base):
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
+    found = measure(sys.argv[1], *map(int, sys.argv[2:]))
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[1], "measured.json").write_text(json.dumps(found))
