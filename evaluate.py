@@ -792,11 +792,11 @@ def main():
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
             if not all(fits):
-                missing = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
-                message = f"{name}, {benchmark}: {len(missing)} prompts exceed --max_model_len {config.max_model_len}"
+                too_long = left_out[name][benchmark] = [row["id"] for row, fit in zip(rows, fits) if not fit]
+                message = f"{name}, {benchmark}: {len(too_long)} prompts exceed --max_model_len {config.max_model_len}"
                 check(any(fits), message)
                 if rank == 0:
-                    print(f"{message}, left out: {' '.join(missing)}", flush=True)
+                    print(f"{message}, left out: {' '.join(too_long)}", flush=True)
 
     engine = None
     for name, path in models.items():

@@ -754,7 +754,7 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
     in turns, so that its memory holds one whole model at a time and not one a rank.
     """
     low = compute_dtype(device)
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     last = torch.tensor(int(os.environ["LOCAL_RANK"]))
     dist.all_reduce(last, dist.ReduceOp.MAX)
@@ -772,10 +772,10 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
             check(not more, f"{folder}: no support for {', '.join(more)}; {kinds}")
             model.requires_grad_(train)
             for layer in model.model.layers:  # each is moved to the GPU as it is sharded: no GPU ever holds the whole
-                fully_shard(layer, mesh=mesh, mp_policy=policy)
+                fully_shard(layer, mesh=mesh, mp_policy=precision)
             # the root (embedding, last norm, head) stays gathered behind its forward: for the backward, or until
             # `reshard` where there is none
-            fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
         dist.barrier()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -1023,6 +1023,8 @@ def main():
         reward.check_same_tokenizer(tokenizer, reward.load_tokenizer(config.target))
     inputs = {folder: weights_stamp(folder, config.max_model_len) for folder in (config.model, config.target)}
     inputs[config.data] = data_stamp(config.data)
+    slides = getattr(AutoConfig.from_pretrained(config.model), "use_sliding_window", False)
+    check(not slides or config.rollouts_per_row == 1, f"{config.model} has a sliding window: give --rollouts_per_row 1")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check(config.groups % processes == 0, f"--groups {config.groups} must be a multiple of the {processes} processes")
     rows = prepare(rows, tokenizer, config, int(os.environ.get("RANK", "0")))

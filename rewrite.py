@@ -804,8 +804,8 @@ def main():
             seconds[row["id"]] += texts["seconds"]
 
     # --- 3. score with the target ---
-    dist.barrier()
     if rest and running != config.target:
+        dist.barrier()  # all have written their texts: starting an engine is collective
         if engine is not None:
             stop_engine(engine)
         engine = start_engine(config.target, max_len, **flags)

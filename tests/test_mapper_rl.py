@@ -614,12 +614,14 @@ def fails(flags: dict, monkeypatch) -> str:
 @pytest.fixture(scope="module")
 def bad_models(tiny_model, tmp_path_factory) -> dict[str, str]:
     folders = {}
-    for name in ("bare", "silent", "foreign"):
+    for name in ("bare", "silent", "foreign", "sliding"):
         folders[name] = str(tmp_path_factory.mktemp("bad") / name)
         shutil.copytree(tiny_model, folders[name])
     for path in Path(folders["bare"]).iterdir():  # no tokenizer
         if path.name not in ("config.json", "model.safetensors", "generation_config.json"):
             path.unlink()
+    config = Path(folders["sliding"], "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_sliding_window": True, "sliding_window": 64}))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = None
     shutil.rmtree(folders["silent"])
@@ -660,6 +662,8 @@ BAD = [  # flags, rows of the data, what the line names
     ({"model": "nowhere"}, GOOD, ["nowhere"]),
     ({"model": "bare"}, GOOD, ["bare", "tokenizer"]),
     ({"model": "silent"}, GOOD, ["silent", "chat template"]),
+    ({"model": "sliding"}, GOOD, ["sliding window", "--rollouts_per_row 1"]),
+    ({"task": "solve", "target": "foreign"}, GOOD, ["--task solve", "--target"]),
     ({"target": "foreign"}, GOOD, ["tiny", "foreign", "share a tokenizer"]),
 ]
 
