@@ -11,8 +11,8 @@ more is decoded greedily. For a problem with c right answers of n:
 
 A benchmark's score is the mean over its problems, the average is the unweighted mean over benchmarks. Intervals are 95%
 percentile bootstraps over *problems*, never over samples: the n answers to a problem share its difficulty, so counting
-them as n observations would make every interval too narrow. Two models are compared on the problems that both
-have: a bootstrap of the differences problem by problem, and the p of a permutation test (`paired`).
+them as n observations would make every interval too narrow. Two models are compared on the problems that
+both have: a bootstrap of the differences problem by problem, and the p of a permutation test (`paired`).
 
 Several models share one engine, whose weights are swapped (a second instead of a new start), so they must have one
 architecture. Rows are shared out over ranks, each with an engine of its own; graded rows are flushed to
@@ -718,8 +718,9 @@ def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typ
         while engine.has_unfinished_requests():
             sampled += len(engine.engine_core.engine_core.scheduler.running)  # each gets a token in a step, or nearly
             finished = [output for output in engine.step() if output.finished]
-            speed = sampled / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            if params[0].prompt_logprobs is None:  # texts that are scored only are counted as prompts
+                speed = sampled / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
             bar.update(len(finished))
             for output in finished:
                 yield int(output.request_id), output

@@ -980,8 +980,9 @@ def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typ
         while engine.has_unfinished_requests():
             sampled += len(engine.engine_core.engine_core.scheduler.running)  # each gets a token in a step, or nearly
             finished = [output for output in engine.step() if output.finished]
-            speed = sampled / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            if params[0].prompt_logprobs is None:  # texts that are scored only are counted as prompts
+                speed = sampled / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
             bar.update(len(finished))
             for output in finished:
                 yield int(output.request_id), output
@@ -1023,7 +1024,8 @@ def main():
         reward.check_same_tokenizer(tokenizer, reward.load_tokenizer(config.target))
     inputs = {folder: weights_stamp(folder, config.max_model_len) for folder in (config.model, config.target)}
     inputs[config.data] = data_stamp(config.data)
-    slides = getattr(AutoConfig.from_pretrained(config.model), "use_sliding_window", False)
+    model_config = AutoConfig.from_pretrained(config.model)
+    slides = getattr(model_config, "use_sliding_window", False)
     check(not slides or config.rollouts_per_row == 1, f"{config.model} has a sliding window: give --rollouts_per_row 1")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check(config.groups % processes == 0, f"--groups {config.groups} must be a multiple of the {processes} processes")
@@ -1037,7 +1039,7 @@ def main():
             print(f"{out}: finished already")
         return
 
-    dtype = AutoConfig.from_pretrained(config.model).dtype or torch.float32  # models are saved in what they came in
+    dtype = model_config.dtype or torch.float32  # models are saved in what they came in
     vocab, sleeps = reward.used_vocabulary(tokenizer), device.type == "cuda"
     llm = start_engine(config.model, config.max_model_len, device, vocab, config.gpu_memory, config.seed, sleep=True)
     policy = load_model(config.model, device, train=True, gradient_checkpointing=config.gradient_checkpointing)
@@ -1054,8 +1056,9 @@ def main():
     if config.task == "map":
         # A(y°|x) of every demonstration, at every start; its spread is the unit in which a rewrite's gain is measured.
         experts = [(row["solve_ids"], reward.response_ids(tokenizer, row["solution"])) for row in rows]
-        chunk, desc = config.head_chunk, "score expert texts"
-        scores = score(target, experts, config.micro_batch_tokens, device, desc, chunk=chunk)
+        scores = score(
+            target, experts, config.micro_batch_tokens, device, "score expert texts", chunk=config.head_chunk
+        )
         for row, logprobs in zip(rows, scores):
             row["expert_align"] = logprobs.mean().item()
         tau = max(float(np.std([row["expert_align"] for row in rows])), 0.5)

@@ -727,8 +727,9 @@ def generate(llm, prompts: list[list[int]], params: list, desc: str = "") -> typ
         while engine.has_unfinished_requests():
             sampled += len(engine.engine_core.engine_core.scheduler.running)  # each gets a token in a step, or nearly
             finished = [output for output in engine.step() if output.finished]
-            speed = sampled / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
+            if params[0].prompt_logprobs is None:  # texts that are scored only are counted as prompts
+                speed = sampled / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{sampled:,} tokens, {speed:,.0f} tokens/s", refresh=False)
             bar.update(len(finished))
             for output in finished:
                 yield int(output.request_id), output

@@ -161,10 +161,8 @@ def rewrite(c, r, m: Config, n: int) -> tuple:
 def sft(c, r, m: Config, n: int) -> tuple:
     s, anchored, recompute, spare = r.model, c.anchor > 0, c.gradient_checkpointing, m.spare_gib * GIB
     # the reference's root stays gathered: its head is used behind its pass
-    frozen, tokens = (
-        anchored * (asked(s, n)["frozen"] + 2 * s.root),
-        padded(c.micro_batch_tokens, c.batch_size / n, c.max_length),
-    )
+    frozen = anchored * (asked(s, n)["frozen"] + 2 * s.root)
+    tokens = padded(c.micro_batch_tokens, c.batch_size / n, c.max_length)
     moments = update(s, n, tokens, c.head_chunk, recompute, models=1 + anchored, frozen=frozen, spare=spare)
     moments["load"] = dict(weights=sharding(s, n, 4), spare=spare)
     length, steps = m.prompt_tokens + m.response_tokens, c.steps or math.ceil(c.epochs * r.data / c.batch_size)
@@ -213,7 +211,7 @@ def read_files(c, m: Config, written: dict) -> SimpleNamespace:
     r.benchmarks = [rows(path, 500) for path in getattr(c, "benchmarks", [])]
     r.data = rows(c.data, written.get(Path(c.data)) or m.rows) if hasattr(c, "data") else 0
     written[Path(c.output_dir)] = getattr(r, "model", None)
-    if hasattr(c, "samples") and hasattr(c, "data"):  # rewrite.py; RASFT may keep the expert's text and all rollouts
+    if hasattr(c, "method"):  # rewrite.py; RASFT may keep the expert's text and all rollouts
         rows_each = 1 + c.samples * (c.method == "rasft")
         written[Path(c.output_dir) / "train.jsonl"] = min(r.data, c.limit or r.data) * rows_each
     return r

@@ -21,7 +21,7 @@ LRS=(1e-4 3e-4 1e-3 2e-3 4e-3 8e-3) STEPS=(40 160 400) # 40 steps: 2 passes over
 RL_LRS=(3e-5 1e-4 3e-4 1e-3)
 SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096)
 RL=(--model "$BASE" --data "$DEMOS" --groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2
-    --micro_batch_tokens 4096 --gradient_checkpointing False)
+    --micro_batch_tokens 4096 --gradient_checkpointing False --rollouts_per_row 8)
 REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384)
 
 # evaluate NAME BENCHMARK... -- NAME=MODEL...

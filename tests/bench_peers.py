@@ -56,8 +56,8 @@ def make_model(folder: Path, vocab: int) -> str:
     return str(folder)
 
 
-def operations(config, lengths: list[tuple[int, int]], factor: int) -> float:
-    """Operations of a pass over (all tokens, tokens that the head sees) of each text, times `factor` (3: training)."""
+def operations(config, lengths: list[tuple[int, int]]) -> float:
+    """Operations of training on (all tokens, tokens that the head sees) of each text: three times a pass forward."""
     from types import SimpleNamespace
 
     c = SimpleNamespace(**config)
@@ -67,7 +67,7 @@ def operations(config, lengths: list[tuple[int, int]], factor: int) -> float:
     for tokens, seen in lengths:
         total += 2 * layers * tokens + 2 * c.hidden_size * c.vocab_size * seen
         total += 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens**2  # causal: half of 4 T²
-    return factor * total
+    return 3 * total
 
 
 def gflops() -> float:
@@ -105,6 +105,24 @@ def ours_sft(a) -> None:
     tell(a.out, seconds=sum(row["seconds"] for row in rows), gflops=speed, loss=[rows[0]["loss"], rows[-1]["loss"]])
 
 
+def timed_steps(trainer) -> list[float]:
+    """Trains, and gives the seconds of every step."""
+    from transformers import TrainerCallback
+
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter() - self.start)
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    return times
+
+
 def trl_sft(a) -> None:
     """TRL's SFTTrainer on the same prompts and responses; --packed packs them into rows of 1024."""
     from datasets import Dataset
@@ -119,15 +137,9 @@ def trl_sft(a) -> None:
     data = Dataset.from_list(
         [dict(input_ids=p + r, completion_mask=[0] * len(p) + [1] * len(r), labels=[-100] * len(p) + r) for p, r in ids]
     )
-    world, speed, times, losses = int(os.environ["WORLD_SIZE"]), gflops(), [], []
+    world, speed, losses = int(os.environ["WORLD_SIZE"]), gflops(), []
 
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            times.append(time.perf_counter() - self.start)
-
+    class Losses(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
             if logs and "loss" in logs:
                 losses.append(logs["loss"])
@@ -140,11 +152,9 @@ def trl_sft(a) -> None:
     flags |= dict(bf16=False, fp16=False, gradient_checkpointing=False, report_to="none", save_strategy="no")
     flags |= dict(model_init_kwargs={"dtype": "float32"}, optim="adamw_torch_fused", disable_tqdm=True)
     trainer = SFTTrainer(a.model, args=SFTConfig(**flags), train_dataset=data, processing_class=tokenizer)
-    trainer.add_callback(Clock())
-    started = time.perf_counter()
-    trainer.train()
-    whole = time.perf_counter() - started
-    tell(a.out, seconds=sum(times), whole=whole, gflops=speed, loss=[losses[0], losses[-1]], steps=len(times))
+    trainer.add_callback(Losses())
+    times = timed_steps(trainer)
+    tell(a.out, seconds=sum(times), gflops=speed, loss=[losses[0], losses[-1]])
 
 
 def grpo_prompts(tokenizer, length: int) -> list[list[int]]:
@@ -175,7 +185,7 @@ def ours_grpo(a) -> None:
     policy = mapper_rl.load_model(a.model, device, train=True)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=True)
     rows = [{"prompt_ids": ids} for ids in grpo_prompts(tokenizer, a.prompt)]
-    times, tokens = [], []
+    times = []
     for step in range(a.steps):
         clock = [time.perf_counter()]
         mapper_rl.sync_weights(policy, llm, torch.float32)
@@ -190,10 +200,9 @@ def ours_grpo(a) -> None:
         mapper_rl.update(policy, None, optimizer, rollouts, config, vocab, device)
         clock.append(time.perf_counter())
         times.append([b - a for a, b in zip(clock, clock[1:])])
-        tokens.append([(a.prompt, len(r["ids"])) for r in rollouts])
     sync, rollout, update = (statistics.mean(t[k] for t in times[1:]) for k in range(3))
     figures = dict(seconds=sync + rollout + update, sync=sync, rollout=rollout, update=update, gflops=speed)
-    tell(a.out, **figures, first=sum(times[0]), lengths=tokens[1:])
+    tell(a.out, **figures, first=sum(times[0]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -201,23 +210,15 @@ def ours_grpo(a) -> None:
 def trl_grpo(a) -> None:
     """TRL's GRPOTrainer on the same prompts, with a reward that costs nothing and drops no group."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(a.model)
     prompts = [tokenizer.decode(ids) for ids in grpo_prompts(tokenizer, a.prompt)] * a.steps
-    world, speed, times, tokens = int(os.environ["WORLD_SIZE"]), gflops(), [], []
+    world, speed = int(os.environ["WORLD_SIZE"]), gflops()
 
-    def chance(completions, completion_ids, **_) -> list[float]:
-        tokens.append([(a.prompt, len(ids)) for ids in completion_ids])
+    def chance(completions, **_) -> list[float]:
         return [random.random() for _ in completions]
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            times.append(time.perf_counter() - self.start)
 
     flags = dict(output_dir=a.out, max_steps=a.steps, learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=True)
     flags |= dict(per_device_train_batch_size=GROUPS * GROUP_SIZE // world, num_generations=GROUP_SIZE, beta=0.0)
@@ -228,9 +229,8 @@ def trl_grpo(a) -> None:
         flags |= dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
     trainer = GRPOTrainer(a.model, chance, args=GRPOConfig(**flags), train_dataset=data, processing_class=tokenizer)
-    trainer.add_callback(Clock())
-    trainer.train()
-    tell(a.out, seconds=statistics.mean(times[1:]), first=times[0], gflops=speed, lengths=tokens[1:])
+    times = timed_steps(trainer)
+    tell(a.out, seconds=statistics.mean(times[1:]), first=times[0], gflops=speed)
 
 
 def engine(a) -> None:
@@ -374,17 +374,17 @@ def main():
     out = Path(a.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     trl, own = peer_python(out), sys.executable
-    rows_file, machine = out / "rows.jsonl", dict(processor=torch.backends.cpu.get_cpu_capability())
+    rows_file = out / "rows.jsonl"
     chosen = Path(a.data).read_text(encoding="utf-8").splitlines()[: a.rows]
     rows_file.write_text("".join(line + "\n" for line in chosen))
     rows = [json.loads(line) for line in chosen]
-    print(f"{len(rows)} rows, {a.rounds} rounds, {machine}", flush=True)
+    print(f"{len(rows)} rows, {a.rounds} rounds, {torch.backends.cpu.get_cpu_capability()}", flush=True)
 
     def keep(row: dict) -> None:
         with open(out / "results.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
-    def rounds(title: str, systems: dict, columns: list[str], lengths=None, factor: int = 3) -> None:
+    def rounds(title: str, systems: dict, columns: list[str], lengths: list | None = None) -> None:
         results: dict[str, list[dict]] = {name: [] for name in systems}
         for _ in range(a.rounds):
             for name, (python, child, flags) in list(systems.items()):
@@ -392,9 +392,8 @@ def main():
                 if told is None:
                     del systems[name]  # nor will it run in the next round
                     continue
-                if each := lengths(told) if lengths else None:
-                    told["limit"] = operations(shape, each, factor) / told["seconds"] / told["gflops"] / 1e9
-                told.pop("lengths", None)
+                if lengths:
+                    told["limit"] = operations(shape, lengths) / told["seconds"] / told["gflops"] / 1e9
                 results[name].append(told)
                 keep(dict(title=title, name=name, **told))
         show(title, results, columns)
@@ -411,7 +410,7 @@ def main():
             systems = {"sft.py": (own, "ours_sft", data), "TRL, padded": (trl, "trl_sft", data)}
             systems["TRL, packed"] = (trl, "trl_sft", data | dict(packed=True))
             title = f"SFT, {shape['vocab_size']} columns, {sum(t for t, _ in lengths)} tokens"
-            rounds(title, systems, ["seconds", "peak_mib", "limit"], lambda told, each=lengths: each)
+            rounds(title, systems, ["seconds", "peak_mib", "limit"], lengths)
         for prompt, completion in ((100, 64), (300, 256)) if "grpo" in a.what else ():
             step = flags | dict(prompt=prompt, completion=completion, steps=a.steps)
             systems = {

@@ -23,72 +23,30 @@ ROW = 256  # tokens in a row of the measured updates
 MEASURED = {  # the moment that is its peak: kind, widths, rows in the micro-batch, head_chunk, checkpointing, processes
     "layers, many activations": (
         "Qwen3",
-        dict(
-            vocab_size=8192,
-            hidden_size=256,
-            intermediate_size=768,
-            num_hidden_layers=6,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=32,
-            tie_word_embeddings=True,
-        ),
-        7,
-        256,
-        False,
-        1,
+        dict(vocab_size=8192, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=8,
+             num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
+        7, 256, False, 1,
     ),
     "head, many logits": (
         "Llama",
-        dict(
-            vocab_size=65536,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            tie_word_embeddings=True,
-        ),
-        3,
-        512,
-        False,
-        1,
+        dict(vocab_size=65536, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=4, tie_word_embeddings=True),
+        3, 512, False, 1,
     ),
     "layers": (
         "Qwen2",
-        dict(
-            vocab_size=4096,
-            hidden_size=256,
-            intermediate_size=2048,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            tie_word_embeddings=False,
-        ),
-        10,
-        256,
-        True,
-        1,
+        dict(vocab_size=4096, hidden_size=256, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8,
+             num_key_value_heads=4, tie_word_embeddings=False),
+        10, 256, True, 1,
     ),
     "root": (
         "Qwen3",
-        dict(
-            vocab_size=65536,
-            hidden_size=160,
-            intermediate_size=320,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=40,
-            tie_word_embeddings=False,
-        ),
-        2,
-        64,
-        True,
-        1,
+        dict(vocab_size=65536, hidden_size=160, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=40, tie_word_embeddings=False),
+        2, 64, True, 1,
     ),
-}
-MEASURED["root, two processes"] = (*MEASURED["root"][:-1], 2)  # fmt: skip
+}  # fmt: skip
+MEASURED["root, two processes"] = (*MEASURED["root"][:-1], 2)
 
 
 def status(name: str) -> int:
