@@ -51,17 +51,24 @@ def finish(process: subprocess.Popen) -> str:
     return process.printed.read_text()
 
 
-def kill_once_written(process: subprocess.Popen, path: Path) -> list[dict]:
-    """SIGKILL as soon as the first rows are on disk; they are returned, and half a line is left behind them."""
-    deadline = time.time() + 500
-    while not (path.exists() and path.stat().st_size) and time.time() < deadline:
-        assert process.poll() is None, process.printed.read_text()
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    whole = path.read_text().rpartition("\n")[0]
-    path.write_text(whole + '\n{"id": "s1", "compl')
-    return [json.loads(line) for line in whole.splitlines()]
+def kill_once_written(script: str, output: Path, flags: str, part: str) -> list[dict]:
+    """Starts a script and sends SIGKILL as soon as the first rows of a part are on disk; they are returned, and half a
+    line is left behind them. On a busy machine it may end between two looks: then it is started again."""
+    for _ in range(5):
+        shutil.rmtree(output, ignore_errors=True)
+        process, path, seen = start(script, output, flags), output / part, False
+        while not seen and process.poll() is None:
+            seen = path.exists() and path.stat().st_size > 0
+            time.sleep(0.005)
+        assert seen or process.poll() == 0, process.printed.read_text()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if path.exists():
+            whole = path.read_text().rpartition("\n")[0]
+            path.write_text(whole + '\n{"id": "s1", "compl')
+            return [json.loads(line) for line in whole.splitlines()]
+    pytest.fail(f"{script} ended five times before {part} was seen")
 
 
 def without_times(rows: list[dict]) -> list[dict]:
@@ -122,7 +129,7 @@ def evaluations(world, tiny_model):
     one, two = f"--models {world}/other {flags}", f"--models {tiny_model} {world}/other {flags}"
     whole, killed = world / "whole", world / "killed"
     undisturbed = start("evaluate.py", whole, two)
-    rows = kill_once_written(start("evaluate.py", killed, one), killed / "other/sums.rank0.jsonl")
+    rows = kill_once_written("evaluate.py", killed, one, "other/sums.rank0.jsonl")
     first = finish(undisturbed)
     return whole, killed, rows, first, finish(start("evaluate.py", killed, one, processes=2))
 
@@ -135,7 +142,7 @@ def rewrites(world, tiny_model):
     flags += " --max_tokens 30 --max_model_len 200"
     whole, continued = world / "rewritten", world / "continued"
     undisturbed = start("rewrite.py", whole, flags)
-    rows = kill_once_written(start("rewrite.py", continued, flags), continued / "candidates_mapper.rank0.jsonl")
+    rows = kill_once_written("rewrite.py", continued, flags, "candidates_mapper.rank0.jsonl")
     first = finish(undisturbed)
     scored = [row | {"expert_align": -77.0} for row in read(whole / "scored.jsonl")[110:]]
     part = Path(write(continued / "scored.rank2.jsonl", scored))
