@@ -44,10 +44,8 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft 4 400 "$RASFT_GRID"
 rasft rasft_filtered 4 400 "$RASFT_GRID" $FILTER
 
-# --- DART's choice without its training, with the other alignment, its rewrites under DFT; direct GRPO with DART's
+# --- DART with the other alignment, its rewrites under DFT; direct GRPO with DART's
 # hard cheats in its reward ---
-rewrite prompted_dart dart
-sft prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl" $DART_GRID
 dart dart_kl "" "--align kl"
 sft dart_dft "$OUT/dart/rewrite/train.jsonl" --loss dft $DART_DFT_GRID
 stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
@@ -55,7 +53,7 @@ stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$DEM
 
 # --- evaluation of the arms that are there ---
 MODELS=()
-for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered prompted_dart dart_kl dart_dft \
+for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered dart_kl dart_dft \
     grpo_filtered; do
     for model in "$OUT/$arm"/{sft,round-4/sft,solve}/model; do
         if [ -d "$model" ]; then MODELS+=("$arm=$model"); fi

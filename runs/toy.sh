@@ -20,7 +20,7 @@ source "$(dirname "$0")/stages.sh"
 SEED="${SEED:-0}"
 OUT="${OUT:-out/toy}/seed$SEED" WORLD="out/world/seed$SEED"
 BASE="$WORLD/base" DEMOS="$WORLD/demos.jsonl"
-ALL=(sft oracle prompted dart grpo)
+ALL=(sft oracle prompted prompted_dart dart grpo)
 ARMS=("${@:-${ALL[@]}}")
 for arm in "${ARMS[@]}"; do
     if [[ " ${ALL[*]} " != *" $arm "* ]]; then echo "no arm is called $arm; there are ${ALL[*]}" && exit 2; fi
@@ -28,6 +28,7 @@ done
 SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
 SFT_GRID="--lr 4e-3 --steps 400"      # expert text
 PROMPTED_GRID="--lr 3e-4 --steps 400" # untrained mapper's rewrites
+PROMPTED_DART_GRID="--lr 3e-4 --steps 400" # those that DART would choose
 DART_GRID="--lr 3e-4 --steps 400"     # trained mapper's rewrites
 ORACLE_GRID="--lr 3e-4 --steps 400"   # native text
 RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
@@ -48,10 +49,7 @@ dart() {
 }
 
 # --- the world: base model, demonstrations in the expert's words, benchmarks ---
-if [ ! -d "$BASE" ]; then
-    echo "--- $WORLD"
-    .venv/bin/torchrun --standalone --nproc-per-node=2 runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
-fi
+world "$SEED"
 
 # --- the arms ---
 MODELS=("base=$BASE")
@@ -62,6 +60,11 @@ for arm in "${ARMS[@]}"; do
         oracle) sft oracle "$WORLD/oracle.jsonl" $ORACLE_GRID ;;
         # prompted rewriting: the base model as an untrained mapper, then SFT
         prompted) rewrite prompted map; sft prompted "$OUT/prompted/rewrite/train.jsonl" $PROMPTED_GRID ;;
+        # the same with DART's choice among the untrained mapper's rewrites
+        prompted_dart)
+            rewrite prompted_dart dart
+            sft prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl" $PROMPTED_DART_GRID
+            ;;
         # DART: train the mapper, rewrite, SFT
         dart) dart dart ;;
         # direct GRPO on the target, for as long as all of DART took

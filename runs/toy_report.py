@@ -17,7 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from toy_world import steps_right, style
+from toy_world import Config, native_share, steps_right
 
 import reward
 from mapper_rl import check, init_distributed, load_model, read_jsonl, run, score, write_text, written_rows
@@ -78,6 +78,7 @@ CLAIMS = [
     ("rasft_filtered", "rasft"),
     ("grpo_filtered", "grpo"),
 ]  # of the first over the second
+NEEDED = ("base", "sft", "prompted", "prompted_dart", "dart", "grpo", "oracle")  # the arms of runs/toy.sh
 EVALUATIONS = ("eval", "eval-compare", "eval-half")
 SUITES = ["in_distribution", "shorter", "longer", "reworded"]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t, by seeds
@@ -122,7 +123,8 @@ def costs(seed: Path, stages: list[str]) -> dict[str, float]:
 
 def data_of(seed: Path, stages: list[str]) -> dict[str, float]:
     """What an arm was trained on: share of each source by weight; mean log-probability under the target and, of texts
-    that were rewritten, the shares that are right in every step by the world's own checker and in native style."""
+    that were rewritten, the share that is right in every step by the world's own checker and the mean share of native
+    steps."""
     rewriting = [stage for stage in stages if "/rewrite" in stage][-1:]  # RASFT: its last round
     if not rewriting:
         told = metrics(seed / "prompted/rewrite")[-1]  # which has scored the expert's texts
@@ -132,7 +134,7 @@ def data_of(seed: Path, stages: list[str]) -> dict[str, float]:
     return {
         "align": told["align"],
         "right": float(np.mean([steps_right(row["problem"], row["solution"]) for row in rows])),
-        "native": float(np.mean([style(row["solution"]) == "native" for row in rows])),
+        "native": float(np.mean([native_share(row["solution"]) for row in rows])),
     } | {k: v for k, v in told.items() if k.startswith("weight/")}
 
 
@@ -162,7 +164,7 @@ def dart_checks(arm: Path) -> dict[str, float]:
     return {
         "rows from the mapper": len(mapped) / len(rows),
         "rows from the mapper and right in every step": len(right) / len(rows),
-        "rows in native style": float(np.mean([style(r["solution"]) == "native" for r in rows])),
+        "native share of the steps": float(np.mean([native_share(r["solution"]) for r in rows])),
         "gate rate, first step": mean_of(first, "gate"),
         "gate rate, last 5 steps": mean_of(last, "gate"),
         "gate rate less hard cheats, first step": mean_of(first, "clean"),
@@ -238,7 +240,8 @@ def collect(seed: Path) -> dict:
         average = float(np.mean(list(accuracies(seed, name, ("eval-ablation",)).values())))
         ablations[name] = {"average accuracy": average, **told}
     dart = dart_checks(seed / "dart") | {"A of native text (oracle)": oracle_alignment(seed)}
-    return {"arms": arms, "grpo_curve": curve, "dart": dart, "ablations": ablations}
+    world = json.loads(Path("out/world", seed.name, "config.json").read_text())["config"]["version"]
+    return {"world": world, "arms": arms, "grpo_curve": curve, "dart": dart, "ablations": ablations}
 
 
 def main():
@@ -247,10 +250,13 @@ def main():
 
     # --- 1. collect ---
     for path in sorted(out.glob("seed*/eval")):
-        if all((path / arm / "summary.json").exists() for arm in ("base", "sft", "prompted", "dart", "grpo", "oracle")):
+        if all((path / arm / "summary.json").exists() for arm in NEEDED):
             write_text(out / f"{path.parent.name}.json", json.dumps(collect(path.parent), indent=1))
     kept = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("seed*.json"))}
     check(kept, f"{out}: no finished evaluation below it; run `bash runs/toy.sh` first")
+    for name, one in kept.items():
+        other = f"{out}/{name}.json tells of world {one.get('world', 1)}, this is world {Config.version}"
+        check(one.get("world") == Config.version, f"{other}: their figures do not meet in one table; remove it")
     seeds = list(kept)
     arms: dict = {}
     for arm in ARMS:
@@ -300,7 +306,7 @@ def main():
     lines += table(["arm", *head], rows)
     lines += [
         "What it learnt from (RASFT: in its last round): share of each source by weight; mean over rows of the "
-        "log-probability under the base; rows right in every step by the world's own checker, and in native style:",
+        "log-probability under the base; rows right in every step by the world's own checker; share of native steps:",
         "",
     ]
     rows = []
@@ -310,7 +316,7 @@ def main():
             shares = [f"{k.removeprefix('weight/')} {100 * np.mean([one[k] for one in data]):.0f}%" for k in sources]
             cells = [spread([one[k] for one in data]) if k in data[0] else "" for k in ("right", "native")]
             rows.append([arm, ", ".join(shares), f"{mean_of(data, 'align'):.2f}", *cells])
-    lines += table(["arm", "sources", "A", "right in every step", "native"], rows)
+    lines += table(["arm", "sources", "A", "right in every step", "native steps"], rows)
     rows = [[name, *(f"{c[name]:.3f}" for c in checks)] for name in checks[0]]
     lines += table(["what the mapper learnt", *seeds], rows)
     lines += ["Direct GRPO over time (average accuracy; DART's total is in the table above):", ""]

@@ -5,16 +5,20 @@ The papers' setting in small. A *base* model (Qwen3, about 1M parameters) is pre
     solve   problem -> solution in its native style                    "15+3=18. 18-11=7. \\boxed{7}"
             mostly short problems; the longer a problem, the more often the text on it is only a guess, "\\boxed{52}":
             the base could work it out, and seldom does
-    map     problem and a solution in one style -> the same solution in another style drawn at random, all lengths:
-            the general ability to rephrase, which a large model brings along and the mapper starts from
+    map     problem and solution -> a rewrite, all lengths; both of the prompts that show a solution are asked alike.
+            Every step has a style of its own, native, spoken or the expert's:
+            "15+3=18. From 18, taking 11 gives 7. So \\boxed{7}"
+            and most rewrites are careless: steps are left out, results are wrong, or the answer stands there alone.
+            The base could rewrite well, and seldom does: a large model's first attempts look like that (LAZY)
 
 The *expert* is right, but writes in words, in which the base has never solved anything:
 
-    "fifteen plus three is eighteen; eighteen minus eleven is seven. Hence \\boxed{7}"
+    "fifteen plus three is eighteen; eighteen minus eleven is seven; hence \\boxed{7}"
 
 So imitating the expert costs the base what it can do, while the same solutions in native style (the *oracle*, which a
 real setting does not have) would teach it much. How much of that difference a method recovers is what the toy measures.
-Pretraining plants the styles that the mapper chooses from: the toy shows that a method works, not how far it carries.
+A rewrite of n steps is native throughout with probability 3^-n: choosing among a few does not find it, and a trained
+mapper can. Pretraining planted all this: the toy shows that a method works, not how far it carries.
 
 Written to --output_dir:
     base/                 Hugging Face folder, tokenizer and chat template included
@@ -31,6 +35,7 @@ processes share out the micro-batches of a step, each with a whole model: faster
     torchrun --standalone --nproc-per-node=2 runs/toy_world.py --output_dir out/world/seed0 --seed 0
 """
 
+import itertools
 import json
 import math
 import random
@@ -66,6 +71,7 @@ from sft import (
 @dataclass
 class Config:
     output_dir: str = "out/world/seed0"  # folder of the world
+    version: int = 2  # of the generator; the first one had whole texts of one style, and no careless rewrites
     seed: int = 0  # draws problems, pretraining and weights; 100 and above are for tuning, results use those below
     demos: int = 600  # demonstrations
     benchmark_rows: int = 200  # problems in each benchmark and in the validation split
@@ -80,6 +86,7 @@ class Config:
 
 RANGES = {
     "[0, inf)": "seed",
+    "[2, 2]": "version",
     "(0, inf)": "demos benchmark_rows hidden_size layers pretrain_tokens accumulate",
     "[512, inf)": "batch_tokens",
     "[0, 1)": "map_share",
@@ -104,7 +111,7 @@ WORKED = {1: 0.95, 2: 0.8, 3: 0.35, 4: 0.2, 5: 0.2, 6: 0.2}  # share that pretra
 DEMO_LENGTHS = {2: 0.1, 3: 0.3, 4: 0.3, 5: 0.3}
 SUITES = {  # lengths and wordings of each benchmark
     "in_distribution": (DEMO_LENGTHS, PLAIN),
-    "shorter": ({1: 0.5, 2: 0.5}, PLAIN),
+    "shorter": ({1: 0.3, 2: 0.7}, PLAIN),
     "longer": ({6: 1.0}, PLAIN),
     "reworded": (DEMO_LENGTHS, OTHER),
 }
@@ -144,7 +151,7 @@ def read_problem(problem: str) -> tuple[int, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Styles: one chain, three ways to write its solution.
+# Styles: one chain, three ways to write each step of its solution; and what a careless rewrite does to them.
 # ---------------------------------------------------------------------------------------------------------------------
 
 UNITS = re.findall(
@@ -154,7 +161,8 @@ UNITS = re.findall(
 )
 TENS = re.findall(r"\w+", "twenty thirty forty fifty sixty seventy eighty ninety")
 STYLES = ("native", "expert", "spoken")
-MAP_SOURCES = {"expert": 0.6, "native": 0.2, "spoken": 0.2}
+EXPERT_SOURCE = 0.6  # share of the solutions shown for rewriting that are the expert's; the others are mixed
+LAZY = {"complete": 0.45, "gaps": 0.2, "alone": 0.2, "wrong": 0.15}  # what becomes of a rewrite in pretraining
 
 
 def in_words(number: int) -> str:
@@ -163,33 +171,47 @@ def in_words(number: int) -> str:
     return TENS[number // 10 - 2] + (f"-{UNITS[number % 10]}" if number % 10 else "")
 
 
-def solution(chain: tuple[int, ...], name: str) -> str:
-    """The solution of a chain in one of STYLES."""
-    total, steps = chain[0], []
-    for k in chain[1:]:
-        after, size = total + k, abs(k)
-        if name == "native":
-            steps.append(f"{total}{'+' if k > 0 else '-'}{size}={after}.")
-        elif name == "expert":
-            sign = "plus" if k > 0 else "minus"
-            steps.append(f"{in_words(total)} {sign} {in_words(size)} is {in_words(after)}")
-        else:
-            steps.append(f"From {total}, {'adding' if k > 0 else 'taking'} {size} gives {after}.")
-        total = after
-    joined = {"expert": "; "}.get(name, " ").join(steps)
-    ending = {"native": " ", "expert": ". Hence ", "spoken": " So "}[name]
-    return f"{joined}{ending}\\boxed{{{total}}}"
+ENDING = {"native": "", "expert": "hence ", "spoken": "So "}  # before the box, in the last step's style
 
 
-def style(text: str) -> str:
-    """Which style a text is written in, by every one of its steps: "native", "expert", or "other"."""
-    body = text.partition("\\boxed")[0].strip()
-    if re.fullmatch(r"(\d+[+-]\d+=\d+\. ?)+", body):
-        return "native"
-    word = r"[a-z]+(-[a-z]+)?"
-    if re.fullmatch(rf"({word} (plus|minus) {word} is {word}(; |\. ))+Hence", body):
-        return "expert"
-    return "other"
+def step(before: int, operand: int, after: int, name: str) -> str:
+    """One step in one of STYLES; `after` is what it claims before + operand to be."""
+    size = abs(operand)
+    if name == "native":
+        return f"{before}{'+' if operand > 0 else '-'}{size}={after}. "
+    if name == "expert":
+        return f"{in_words(before)} {'plus' if operand > 0 else 'minus'} {in_words(size)} is {in_words(after)}; "
+    return f"From {before}, {'adding' if operand > 0 else 'taking'} {size} gives {after}. "
+
+
+def solution(chain: tuple[int, ...], names: str | list[str]) -> str:
+    """The solution of a chain in one of STYLES, or with a style for each step."""
+    names = [names] * (len(chain) - 1) if isinstance(names, str) else names
+    totals = list(itertools.accumulate(chain))
+    return "".join(map(step, totals, chain[1:], totals[1:], names)) + f"{ENDING[names[-1]]}\\boxed{{{totals[-1]}}}"
+
+
+def rewrite(rng: random.Random, chain: tuple[int, ...]) -> str:
+    """A rewrite as the base learns it: a style for each step, and one of LAZY."""
+    lazy, names = pick(rng, LAZY), [rng.choice(STYLES) for _ in chain[1:]]
+    totals = list(itertools.accumulate(chain))
+    claimed = totals[1:]
+    if lazy == "wrong":  # one result is off; what follows goes on from the right one
+        place = rng.randrange(len(claimed))
+        errors = [k for k in (-10, -2, -1, 1, 2, 10) if 0 <= claimed[place] + k <= LARGEST]
+        claimed[place] += rng.choice(errors)
+    steps = list(map(step, totals, chain[1:], claimed, names))
+    if lazy == "gaps":
+        steps = [text for text in steps if rng.random() < 0.5]
+    if lazy == "alone":
+        steps = []
+    return "".join(steps) + f"{ENDING[names[-1]] if steps else ''}\\boxed{{{claimed[-1]}}}"
+
+
+def native_share(text: str) -> float:
+    """Share of a text's steps that are written in native style; 0 for a text without steps."""
+    steps = re.findall(r"[^.;]+[.;]", text.partition("\\boxed")[0])
+    return sum(bool(re.fullmatch(r"\s*\d+[+-]\d+=\d+\.", text)) for text in steps) / max(len(steps), 1)
 
 
 VALUES = {in_words(n): n for n in range(100)}
@@ -250,7 +272,8 @@ def build_tokenizer(rng: random.Random):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fixed = reward.solve_prompt("@").split("@") + reward.map_prompt("@", "@").split("@")
+    prompts = reward.solve_prompt("@"), reward.map_prompt("@", "@"), reward.guided_prompt("@", "@")
+    fixed = [piece for prompt in prompts for piece in prompt.split("@")]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in dict.fromkeys(fixed) if piece])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", chat_template=CHAT
@@ -297,11 +320,11 @@ def solve_row(rng: random.Random) -> tuple[str, str]:
 
 
 def map_row(rng: random.Random) -> tuple[str, str]:
+    """A problem with a solution in view, under either of the prompts that show one, and a rewrite."""
     chain = draw(rng, rng.randint(1, 6), BUCKETS["pretrain"])
-    source = pick(rng, MAP_SOURCES)
-    target = rng.choice([s for s in STYLES if s != source])
-    problem = word_problem(chain, rng.randrange(len(WORDINGS)))
-    return reward.map_prompt(problem, solution(chain, source)), solution(chain, target)
+    shown = "expert" if rng.random() < EXPERT_SOURCE else [rng.choice(STYLES) for _ in chain[1:]]
+    prompt = rng.choice([reward.map_prompt, reward.guided_prompt])
+    return prompt(word_problem(chain, rng.randrange(len(WORDINGS))), solution(chain, shown)), rewrite(rng, chain)
 
 
 def encode(tokenizer, rows: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:

@@ -3,21 +3,23 @@
 # fine-tunes, equal trials for both RL runs, on seed 100, which no result uses, by accuracy on the validation split (all
 # suites mixed); the mapper, which solves nothing, by its reward.
 #
-#   bash runs/tune.sh             # the arms of runs/toy.sh: 78 minutes on two cores when the grid had four rates
+#   ACCEPT=1 bash runs/tune.sh    # the acceptance of the world, which the next line begins with, and no more
+#   bash runs/tune.sh             # the arms of runs/toy.sh
 #   COMPARE=1 bash runs/tune.sh   # those of runs/compare.sh: longer than that. In the first part every arm was best with
 #                                 # the most steps, so all further arms get these, and the same learning rates;
 #                                 # ARMS="rft rasft" tunes these alone
 #
 # The tables are kept as out/tune/table.md. What is finished is skipped when it is started again.
-# It starts with the acceptance of the world by the arms that know no mapper: base, SFT on the expert's text, SFT on
-# native text, on all four suites. The world was frozen on that table; what comes after it must not change it.
+# It starts with the acceptance of the world by the arms that train no mapper: base, SFT on the expert's text, on native
+# text, and on what DART would choose among the untrained mapper's rewrites, on all four suites. The world was frozen on
+# that table; what comes after it must not change it.
 set -euo pipefail
 export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 source "$(dirname "$0")/stages.sh"
 
 SEED=100 OUT=out/tune/seed100 WORLD=out/world/seed100
 BASE="$WORLD/base" DEMOS="$WORLD/demos.jsonl"
-LRS=(1e-4 3e-4 1e-3 2e-3 4e-3 8e-3) STEPS=(40 160 400) # 40 steps: 2 passes over the demonstrations
+LRS=(1e-4 3e-4 1e-3 3e-3 8e-3) STEPS=(100 400) # 100 steps: 5 passes over the demonstrations
 RL_LRS=(3e-5 1e-4 3e-4 1e-3)
 SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096)
 RL=(--model "$BASE" --data "$DEMOS" --groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2
@@ -55,17 +57,23 @@ print(max(Path(sys.argv[1]).glob("*/summary.json"), key=accuracy).parent.name)
 PY
 }
 
-[ -d "$BASE" ] || .venv/bin/torchrun --standalone --nproc-per-node=2 runs/toy_world.py --output_dir "$WORLD" --seed "$SEED"
+world "$SEED"
 
 if [ -z "${COMPARE:-}" ]; then
     # --- acceptance of the world ---
     evaluate eval/base validation -- base="$BASE"
-    grid sft "$DEMOS"
     grid oracle "$WORLD/oracle.jsonl"
-    IMITATION=$(best sft) ORACLE=$(best oracle)
-    evaluate acceptance in_distribution shorter longer reworded -- \
-        base="$BASE" "$IMITATION=$OUT/$IMITATION/sft/model" "$ORACLE=$OUT/$ORACLE/sft/model"
+    grid sft "$DEMOS"
+    rewrite prompted_dart dart
+    grid prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl"
+    MODELS=("base=$BASE")
+    for arm in sft oracle prompted_dart; do name=$(best $arm) && MODELS+=("$name=$OUT/$name/sft/model"); done
+    evaluate acceptance in_distribution shorter longer reworded -- "${MODELS[@]}"
+fi
 
+if [ -n "${ACCEPT:-}" ]; then
+    : # the tables below tell of it
+elif [ -z "${COMPARE:-}" ]; then
     # --- the other arms of runs/toy.sh ---
     rewrite prompted map
     grid prompted "$OUT/prompted/rewrite/train.jsonl"
@@ -137,6 +145,11 @@ if accepted:
     for name, told in accepted.items():
         values = [100 * told[suite]["avg@n"]["value"] for suite in suites]
         lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in [*values, sum(values) / len(values)]) + " |")
+    told = json.loads((out / "prompted_dart/rewrite/metrics.jsonl").read_text().splitlines()[-1])
+    names = ("correct", "gate", "clean", "no_reasoning", "false_arithmetic", "early_answer")
+    shares = ", ".join(f"{name} {100 * told[f'candidate/{name}']:.1f}%" for name in names)
+    likely = f"A(y) {told['candidate/align']:.2f}, A(y°) {told['expert_align']:.2f}"
+    lines += ["", f"The untrained mapper's rewrites: {shares}; {likely}; a clean one for {100 * told['weight/mapper']:.1f}% of the rows"]
 lines += ["", "Validation accuracy in %, seed 100", "", "| run | avg@4 |", "|---|---|"]
 for name, told in read("eval/*").items():
     lines.append(f"| {name} | {100 * told['validation']['avg@n']['value']:.1f} |")

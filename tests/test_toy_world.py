@@ -4,6 +4,7 @@ optimizer is Muon."""
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -29,7 +30,8 @@ def test_the_checker_accepts_every_style():
     rng = random.Random(2)
     for _ in range(50):
         chain = world.draw(rng, rng.randint(1, 8), {0, 1, 2, 3})
-        for style in world.STYLES:
+        mixed = [rng.choice(world.STYLES) for _ in chain[1:]]
+        for style in (*world.STYLES, mixed):
             assert world.steps_right(world.word_problem(chain, 0), world.solution(chain, style))
 
 
@@ -50,11 +52,29 @@ def test_the_checker_refuses(text):
     assert not world.steps_right(PROBLEM, text)
 
 
-def test_styles_are_told_apart():
-    assert world.style(world.solution(CHAIN, "native")) == "native"
-    assert world.style(world.solution(CHAIN, "expert")) == "expert"
-    assert world.style(world.solution(CHAIN, "spoken")) == "other"
-    assert world.style(world.solution(CHAIN, "native") + " fifteen") == "native"  # only the steps count
+def test_native_steps_are_told_apart():
+    assert world.native_share(world.solution(CHAIN, "native")) == 1
+    assert world.native_share(world.solution(CHAIN, "expert")) == 0
+    assert world.native_share(world.solution(CHAIN, ["spoken", "native"])) == 0.5
+    assert world.native_share("\\boxed{7}") == 0
+
+
+def test_rewrites_are_as_careless_as_the_world_says():
+    rng, found, native = random.Random(4), [], []
+    chain = (15, 3, -11, 4, 6)
+    for _ in range(4000):
+        text = world.rewrite(rng, chain)
+        right = world.steps_right(world.word_problem(chain, 0), text)
+        found.append((right, text.startswith("\\boxed"), reward.verify(text, "17")))
+        native.append(world.native_share(text) if right else None)
+    right, alone, verified = np.mean(found, axis=0)
+    lazy = world.LAZY
+    assert right == pytest.approx(lazy["complete"] + lazy["gaps"] / 2**4, abs=0.03)
+    assert alone == pytest.approx(lazy["alone"] + lazy["gaps"] / 2**4, abs=0.03)
+    assert verified == pytest.approx(1 - lazy["wrong"] / 4, abs=0.03)  # the last of four results is the answer
+    native = [share for share in native if share is not None]
+    assert np.mean(native) == pytest.approx(1 / 3, abs=0.05)  # every step has a style of its own, so
+    assert np.mean([share == 1 for share in native]) < 0.04  # few texts are native throughout: 3^-4
 
 
 def test_the_grader_knows_the_expert_and_native_texts_as_honest():
