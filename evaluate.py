@@ -6,7 +6,7 @@ more is decoded greedily. For a problem with c right answers of n:
     avg@n   c / n: the probability of a right answer, the figure to compare models by
     pass@n  1 if c > 0
     maj@n   1 if the most frequent predicted answer is right (numbers count by value, other answers by their normalized
-            spelling, `reward.normal_form`; ties go to the first)
+            spelling, `reward.normal_form`; programs by their text; ties go to the first)
     greedy  1 if the greedy answer is right
 
 A benchmark's score is the mean over its problems, the average is the unweighted mean over benchmarks. Intervals are 95%
@@ -18,7 +18,10 @@ Several models share one engine, whose weights are swapped (a second instead of 
 architecture. Rows are shared out over ranks, each with an engine of its own; graded rows are flushed to
 NAME/BENCHMARK.rank{r}.jsonl, and a run that is started again, on any number of ranks, does only what is missing.
 
-Left out: tensor parallelism (a model must fit one GPU), few-shot prompts, verifiers of other kinds than mathematics.
+Rows of kind "code" have tests as their answer: a completion's program is run in a sandbox (`reward.py`, section 5). Of
+those avg@n, pass@n and greedy are the figures to read; equal votes are rare among programs.
+
+Left out: tensor parallelism (a model must fit one GPU), few-shot prompts, programs in other languages than Python.
 
     python evaluate.py --models out/base out/sft --benchmarks data/math500.jsonl --output_dir out/eval   # one GPU
     torchrun --nproc-per-node 8 evaluate.py ...                                                             # one node
@@ -64,7 +67,9 @@ FLUSH_ROWS, FLUSH_SECONDS = 64, 5.0  # finished rows are graded and flushed when
 @dataclass
 class Config:
     models: list[str] = field(default_factory=list)  # folders; NAME=FOLDER names one, else its last path part does
-    benchmarks: list[str] = field(default_factory=list)  # JSONL files {id, problem, answer}; named by their file stem
+    benchmarks: list[str] = field(
+        default_factory=list
+    )  # JSONL files {id, problem, answer[, kind]}; named by their file stem
     output_dir: str = ""  # where NAME/BENCHMARK.jsonl and NAME/summary.json go; started again, only the rest is done
     samples: int = 4  # n, answers sampled a problem; a larger n narrows the intervals, as far as the problems allow
     temperature: float = 1.0  # of the n samples; 1 is the distribution that was trained, lower ones sharpen it
@@ -101,7 +106,8 @@ def problem_scores(row: dict) -> dict[str, float]:
     """avg@n (c right of n: c/n), pass@n (1 if c > 0), maj@n and, where there is one, greedy of one problem."""
     sampled = [c for c in row["completions"] if not c["greedy"]]
     # \frac{1}{2}, 1/2 and 0.5 are one answer; no answer, no vote
-    votes = [None if c["predicted"] is None else reward.normal_form(c["predicted"]) for c in sampled]
+    key = reward.KINDS[row.get("kind", "math")].vote
+    votes = [None if c["predicted"] is None else key(c["predicted"]) for c in sampled]
     counts = Counter(vote for vote in votes if vote is not None)
     winner = counts.most_common(1)[0][0] if counts else None  # the first met among equals
     # spellings that vote together may differ in what the vote leaves out (5 km, 5 kg): then most of them decide
@@ -173,7 +179,7 @@ def summarize(rows: list[dict]) -> dict:
         "no_answer": sum(c["predicted"] is None for c in sampled) / len(sampled),
         "generated_tokens": sum(c["tokens"] for row in rows for c in row["completions"]),
         "seconds": sum(row["seconds"] for row in rows),  # of all engines together, grading included
-        "grading_timeouts": sum(row["grading_timeouts"] for row in rows),
+        **{f"grading_{name}": sum(row.get(f"grading_{name}", 0) for row in rows) for name in reward.FAILURES},
     }
 
 
@@ -307,11 +313,8 @@ def read_benchmarks(config: Config) -> dict[str, list[dict]]:
     for path in config.benchmarks:
         name = Path(path).stem
         check(name not in suites, f"--benchmarks {path}: another file is called {name} too; rename one")
-        rows = read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str))
-        suites[name] = rows[: config.limit or None]
-        for row in suites[name]:
-            kind = row.get("kind", "math")
-            check(kind == "math", f"{path}: id {row['id']!r} has kind {kind!r}; only 'math' can be graded")
+        rows = read_jsonl(path, dict.fromkeys(("id", "problem", "answer"), str), optional={"kind": str})
+        suites[name] = reward.check_kinds(path, rows[: config.limit or None])
     return suites
 
 
@@ -329,7 +332,8 @@ def answer_all(engine, config: Config, tokenizer, jobs: list, desc: str) -> typi
         j, greedy = requests[r][:2]
         for output in answers.outputs:
             text = reward.decode(tokenizer, output.token_ids)
-            completion = {"text": text, "predicted": reward.extract_answer(text), "correct": False}
+            predicted = reward.KINDS[jobs[j][1]["kind"]].extract(text)
+            completion = {"text": text, "predicted": predicted, "correct": False}
             completion |= {"tokens": len(output.token_ids), "finish": output.finish_reason, "greedy": greedy}
             completions[j].append(completion)
         if len(completions[j]) == config.samples + config.greedy:
@@ -349,19 +353,20 @@ def evaluate(engine, config: Config, tokenizer, jobs: list, folder: Path) -> Non
         left -= 1
         if left and len(waiting) < FLUSH_ROWS and time.time() - clock < FLUSH_SECONDS:
             continue
-        flat = [(c, jobs[j][1]["answer"]) for j, completions in waiting for c in completions]
-        timeouts = reward.FAILURES["timeouts"]
-        for (c, _), correct in zip(flat, reward.verify_all([c["text"] for c, _ in flat], [a for _, a in flat])):
+        flat = [(c, jobs[j][1]) for j, completions in waiting for c in completions]
+        before = dict(reward.FAILURES)
+        texts, golds, kinds = zip(*((c["text"], row["answer"], row["kind"]) for c, row in flat))
+        for (c, _), correct in zip(flat, reward.verify_all(texts, golds, kinds)):
             c["correct"] = correct
-        timeouts = reward.FAILURES["timeouts"] - timeouts
+        failures = {f"grading_{name}": count - before[name] for name, count in reward.FAILURES.items()}
         clock, seconds = time.time(), time.time() - clock
         for j, completions in waiting:
             benchmark, row, _ = jobs[j]
-            result = {"id": row["id"], "benchmark": benchmark, "problem": row["problem"], "answer": row["answer"]}
+            result = {"benchmark": benchmark} | {k: row[k] for k in ("id", "kind", "problem", "answer")}
             share = sum(c["tokens"] for c in completions) / sum(c["tokens"] for c, _ in flat)
             result |= {"completions": completions, "weights": row["weights"], "seconds": round(seconds * share, 4)}
-            parts[benchmark].write(json_line(result | {"grading_timeouts": timeouts}))
-            timeouts = 0  # of the whole batch: told once
+            parts[benchmark].write(json_line(result | failures))
+            failures = dict.fromkeys(failures, 0)  # of the whole batch: told once
         waiting = []
 
 
@@ -787,9 +792,13 @@ def main():
         same = not summary.exists() or json.loads(summary.read_text()).get("weights") == stamps[name]
         check(same, f"{summary.parent} has results of other weights than {path}'s; remove it or choose another name")
         for benchmark, rows in suites.items():
-            rows = [{k: row[k] for k in ("id", "problem", "answer")} | {"weights": stamps[name]} for row in rows]
+            rows = [
+                {k: row[k] for k in ("id", "kind", "problem", "answer")} | {"weights": stamps[name]} for row in rows
+            ]
             done = on_rank0(lambda n=name, b=benchmark, r=rows: set(read_parts(output / n, b, r)))
-            prompts = [reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"])) for row in rows]
+            prompts = [
+                reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"], row["kind"])) for row in rows
+            ]
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
             if not all(fits):

@@ -79,7 +79,7 @@ class Config:
     task: str = "map"  # map: train a mapper for a frozen target; solve: train the policy on correctness
     model: str = ""  # folder of the model that is trained
     target: str = ""  # folder of the frozen target whose likelihood is rewarded (map); empty: the same as model
-    data: str = ""  # demonstrations: JSONL with id, problem, solution, answer
+    data: str = ""  # demonstrations: JSONL with id, problem, solution, answer, and kind where it is code
     output_dir: str = ""  # where everything is written
     # --- rollouts ---
     steps: int = 200  # optimizer steps
@@ -366,16 +366,18 @@ def rollouts_of(llm, tokenizer, rows: list[dict], places: list[int], problems: l
 
 def add_parts(rollouts: list[dict], rows: list[dict], config: Config) -> None:
     """Sets `parts` of every rollout: all that is known of its text but its likelihood."""
-    verdicts = reward.verify_all([r["text"] for r in rollouts], [rows[r["row"]]["answer"] for r in rollouts])
+    asked = [rows[r["row"]] for r in rollouts]
+    texts, golds, kinds = [r["text"] for r in rollouts], [a["answer"] for a in asked], [a["kind"] for a in asked]
+    verdicts = reward.verify_all(texts, golds, kinds)
     for r, correct in zip(rollouts, verdicts):
         row = rows[r["row"]]
         if config.task == "map":
             r["parts"] = reward.judge(
                 row["problem"], row["solution"], r["text"], row["answer"], r["ended"], correct,
-                config.min_fidelity, config.hard_cheats,
+                config.min_fidelity, config.hard_cheats, row["kind"],
             )  # fmt: skip
         elif config.hard_cheats:
-            found = reward.cheats(row["problem"], row["solution"], r["text"], row["answer"])
+            found = reward.cheats(row["problem"], row["solution"], r["text"], row["answer"], row["kind"])
             r["parts"] = {name: found[name] for name in config.hard_cheats}
         else:
             r["parts"] = {}
@@ -431,9 +433,10 @@ def prepare(rows: list[dict], tokenizer, config: Config, rank: int) -> list[dict
     """Adds the token ids of both prompts; leaves out, by name, problems that do not fit the context."""
     limit = config.max_model_len - config.max_tokens
     for row in rows:
-        row["solve_ids"] = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"]))
+        row["solve_ids"] = reward.prompt_ids(tokenizer, reward.solve_prompt(row["problem"], row["kind"]))
         if config.task == "map":
-            row["prompt_ids"] = reward.prompt_ids(tokenizer, reward.map_prompt(row["problem"], row["solution"]))
+            ask = reward.map_prompt(row["problem"], row["solution"], row["kind"])
+            row["prompt_ids"] = reward.prompt_ids(tokenizer, ask)
         else:
             row["prompt_ids"] = row["solve_ids"]
     long = [row["id"] for row in rows if len(row["prompt_ids"]) > limit]
@@ -1018,7 +1021,7 @@ def main():
     fields = {"id": str, "problem": str, "answer": str}
     if config.task == "map" or config.hard_cheats:  # cheats are told by comparison with the expert's text
         fields["solution"] = str
-    rows = read_jsonl(config.data, fields)
+    rows = reward.check_kinds(config.data, read_jsonl(config.data, fields, optional={"kind": str}))
     tokenizer = reward.load_tokenizer(config.model)
     if config.task == "map":
         reward.check_same_tokenizer(tokenizer, reward.load_tokenizer(config.target))
@@ -1129,8 +1132,8 @@ def main():
             "tokens_per_second": tokens / (clock[-1] - clock[0]),
             "elapsed": elapsed,
             "generated_tokens": generated,
-            "grading_timeouts": sum(failures["timeouts"] for _, failures, _ in ranks),  # since the processes' start
-            "grading_errors": sum(failures["errors"] for _, failures, _ in ranks),
+            # since the processes' start
+            **{f"grading_{name}": sum(failures[name] for _, failures, _ in ranks) for name in reward.FAILURES},
             "peak_memory": max(memory for *_, memory in ranks),
         }
         if rank == 0:

@@ -4,8 +4,10 @@
     2. token ids    the same as ids; where an answer ends
     3. reading      one spelling for characters and LaTeX, tokens, exact values of arithmetic
     4. answers      completion -> answer -> right or wrong
-    5. cheats       what a rewrite can do to look good without being good
-    6. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
+    5. programs     completion -> program -> whether its tests pass, in a sandbox
+    6. cheats       what a rewrite can do to look good without being good
+    7. kinds        what a problem of mathematics or of code asks for, and how its answers are read and judged
+    8. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
 
 Nothing but the standard library is imported at the top: grading runs in worker processes that run this file afresh, and
 a grader that first loads torch starts seconds late.
@@ -13,6 +15,7 @@ a grader that first loads torch starts seconds late.
 
 from __future__ import annotations
 
+import ast
 import bisect
 import functools
 import itertools
@@ -21,12 +24,16 @@ import logging
 import math
 import os
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 import typing
 import unicodedata
+import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -36,26 +43,26 @@ from fractions import Fraction
 #    points with the prompt, so a second wording anywhere would compare prompts and not methods.
 
 
-def solve_prompt(problem: str) -> str:
-    """c(x): the plain question. SFT trains on it, A(y|x) conditions on it, evaluation asks it."""
-    return f"{problem}\n\nReason step by step, and put your final answer within \\boxed{{}}."
+def solve_prompt(problem: str, kind: str = "math") -> str:
+    """c(x): the plain question. SFT trains on it, A(y|x) conditions on it, evaluation asks it. `kind` is of KINDS."""
+    return f"{problem}\n\n{KINDS[kind].asks}"
 
 
-def map_prompt(problem: str, solution: str) -> str:
+def map_prompt(problem: str, solution: str, kind: str = "math") -> str:
     """p(x, y°): problem and expert solution, for the mapper, which answers with a rewrite."""
     return (
         f"Problem:\n{problem}\n\nSolution:\n{solution}\n\n"
         "Rewrite this solution in your own words, as if you had solved the problem yourself. "
-        "Keep every step, and put the final answer within \\boxed{}."
+        f"Keep every step, and put {KINDS[kind].place}"
     )
 
 
-def guided_prompt(problem: str, solution: str) -> str:
+def guided_prompt(problem: str, solution: str, kind: str = "math") -> str:
     """Mind the Gap's second attempt: solve the problem again, with the expert's solution in view."""
     return (
         f"Problem:\n{problem}\n\nHere is a worked solution, for you alone:\n{solution}\n\n"
         "Understand it first. Then solve the problem again in your own way, explaining each step, without copying or "
-        "mentioning what you were shown. Put the final answer within \\boxed{}."
+        f"mentioning what you were shown. Put {KINDS[kind].place}"
     )
 
 
@@ -80,9 +87,9 @@ def response_ids(tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False) + [stop_id(tokenizer)]
 
 
-def text_ids(tokenizer, problem: str, text: str) -> tuple[list[int], list[int]]:
+def text_ids(tokenizer, problem: str, text: str, kind: str = "math") -> tuple[list[int], list[int]]:
     """What fine-tuning sees of a text: the ids of the plain question, and those of the text with its stop id."""
-    return prompt_ids(tokenizer, solve_prompt(problem)), response_ids(tokenizer, text)
+    return prompt_ids(tokenizer, solve_prompt(problem, kind)), response_ids(tokenizer, text)
 
 
 @functools.lru_cache
@@ -444,7 +451,8 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int
 SECONDS, MEMORY = 5, 4 << 30  # seconds and bytes for one comparison by math-verify
 LONGEST, BRACKETS = 400, 40  # characters, opened brackets of an answer; what has more, or deeper ones, is wrong without
 # a look: nesting costs the parser time in powers of two
-FAILURES = {"timeouts": 0, "errors": 0}  # comparisons that outlasted their time, or in which math-verify failed
+# comparisons and programs that outlasted their time, in which math-verify or the sandbox failed, that were not run on
+FAILURES = {"timeouts": 0, "errors": 0, "refused": 0}
 _POOL = ThreadPoolExecutor(min(4, os.cpu_count()))  # of threads that ask the workers; starts none before it is used
 _LOCAL = threading.local()  # a thread's worker
 
@@ -868,30 +876,315 @@ def _ask(pair: tuple[str, str]) -> bool | str:
     return {"true": True, "false": False}.get(verdict.strip(), "errors")
 
 
-def verify_all(completions: list[str], golds: list[str]) -> list[bool]:
-    """`verify` of many: a verdict for each pair of the two equally long lists.
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Programs. The answer to a problem of the kind "code" is the last closed ```python block of a completion. What is
+#    gold is a test program that runs behind it. Three walls stand between a program and a pass that it did not earn:
+#
+#    the machine   bubblewrap: an empty system (interpreter, libraries, private /tmp; no /proc, /dev, /etc or home), no
+#                  network, own process, IPC and host namespaces, nothing to be written but /tmp, dead with its parent;
+#                  inside limits of CPU time, memory, files and their size, and no second process or thread at all;
+#                  outside a wall clock, and an end to what is read.
+#    the language  The tests run in the same interpreter, so a program must not reach beyond its own names: no dunders
+#                  but `SAFE`, no frames, no files, of `MODULES` the public names alone, no changes to others' classes.
+#                  So a result cannot say itself what it is equal to, and nothing that the tests use can be replaced.
+#                  The price: an honest class with __eq__ or __lt__, or another import, is refused as well.
+#    the secret    A pass is a word that is fetched behind the tests, from a file that no name leads to: neither an
+#                  exit code nor what is printed passes.
+#
+#    Not covered: a fault of the interpreter or the kernel; weak tests (NaN where only "not above" is asked); a program
+#    that looks its inputs up in disguise (`hardcodes_tests` sees literals); changes to objects that tests hand over.
+#    Programs have a part of the standard library, which HumanEval and MBPP need; tests may have numpy as well.
 
-    A comparison that runs out of time or memory counts as wrong, is counted in FAILURES and is printed.
-    """
-    verdicts = [_quick(completion, gold) for completion, gold in zip(completions, golds)]
-    pairs = dict.fromkeys(v for v in verdicts if isinstance(v, tuple))  # rollouts repeat themselves: each is asked once
-    for pair, verdict in zip(pairs, _POOL.map(_ask, pairs)):
-        pairs[pair] = verdict is True
-        if verdict in FAILURES:
-            FAILURES[verdict] += 1
-            print(f"grading {pair[0][:200]!r} against {pair[1][:200]!r}: {verdict}", file=sys.stderr)
-    return [v if isinstance(v, bool) else pairs[v] for v in verdicts]
+WALL = 2 * SECONDS  # seconds by the clock for a program and its tests; SECONDS are those of CPU time
+PROGRAM_MEMORY, PROGRAM_LENGTH = 1 << 30, 50_000  # bytes that a program may take; characters that one may have
+MODULES = """__future__ array bisect cmath collections collections.abc copy datetime decimal fractions functools hashlib
+heapq itertools json math operator random re statistics string struct sys textwrap time typing""".split()
+WITHHELD = """attrgetter methodcaller update_wrapper wraps singledispatch singledispatchmethod total_ordering Formatter
+get_type_hints ForwardRef evaluate_forward_ref gi_frame gi_code cr_frame cr_code ag_frame ag_code tb_frame tb_next
+f_back f_code f_globals f_locals f_builtins f_trace""".split()  # what takes names as text, or leads to other frames
+SAFE = """__init__ __name__ __doc__ __str__ __repr__ __len__ __iter__ __next__ __getitem__ __setitem__ __call__
+__enter__ __exit__ __slots__ __future__""".split()  # dunders by which no object can agree with a test
+_FENCE = re.compile(r"^ {0,3}(`{3,})[ \t]*([\w+-]*)[^`\n]*$", re.M)
 
 
-def verify(completion: str, gold: str) -> bool:
-    """Whether the completion's answer equals the gold one (an answer, or a text with a box). No text raises."""
-    return verify_all([completion], [gold])[0]
+def programs(text: str) -> list[tuple[int, int, str | None]]:
+    """(start, end, content) of each block fenced by ```python, in characters; content None if it is never closed."""
+    found, opened = [], None
+    for m in _FENCE.finditer(text):
+        if opened is None:
+            opened = m
+        elif len(m[1]) >= len(opened[1]) and not m[2]:
+            found.append((opened, m.end(), text[opened.end() + 1 : m.start()]))
+            opened = None
+    if opened:
+        found.append((opened, len(text), None))
+    return [(m.start(), end, code) for m, end, code in found if m[2].lower() in ("python", "python3", "py")]
+
+
+def extract_program(completion: str) -> str | None:
+    """The last ```python block behind any </think>; None without a fence, or if the last one is never closed."""
+    text = completion.replace("\r\n", "\n")
+    found = programs(text.rpartition("</think>")[2])
+    return found[-1][2] if found else None
+
+
+def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list) -> None:
+    """What runs in the sandbox: its source is handed to the interpreter there. Reads two lengths, program, tests from
+    standard input, where the secret stays unread until the tests are through."""
+    import _ast
+    import builtins
+    import os
+    import resource
+    import sys
+
+    source, verdict = os.dup(0), os.dup(1)
+    os.dup2(2, 0)  # 2 is /dev/null: nobody reads what a program prints, and `input` finds nothing
+    os.dup2(2, 1)
+    if os.getuid() == 0:  # root alone may have as many processes as it likes
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    limits = dict(AS=memory, CPU=seconds, NPROC=0, NOFILE=32, FSIZE=1 << 20, CORE=0)
+    for name, limit in limits.items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))  # told, then killed
+    try:
+        if os.fork() == 0:
+            os._exit(1)
+        sys.exit("the number of processes cannot be limited")
+    except OSError:
+        os.write(verdict, b".")
+
+    def read(size):
+        text = b""
+        while more := os.read(source, size - len(text)):
+            text += more
+        return text.decode()
+
+    class Refused(BaseException):
+        pass
+
+    def named(name):
+        """Whether a program may use this name."""
+        dunder = name[:2] == name[-2:] == "__" and len(name) > 4
+        return name not in withheld and (name in safe or not dunder)
+
+    def own(thing):
+        """The thing, if a program may change it: no class of others."""
+        if isinstance(thing, type) and thing.__module__ != "program":
+            raise Refused
+        return thing
+
+    def compiled(text, mode):
+        if type(text) is not str or any(sign in text for sign in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068"):
+            raise Refused  # signs that turn the direction of what is read: the text is not what it looks like
+        tree = compile(text, "program", mode, _ast.PyCF_ONLY_AST, dont_inherit=True)
+        todo = [tree]
+        while todo:
+            node = todo.pop()
+            for field in node._fields:
+                value = getattr(node, field, None)
+                for one in value if isinstance(value, list) else [value]:
+                    if isinstance(one, _ast.AST):
+                        todo.append(one)
+                    elif isinstance(one, str) and not isinstance(node, _ast.Constant) and not named(one):
+                        raise Refused
+            if isinstance(node, _ast.Attribute) and not isinstance(node.ctx, _ast.Load):
+                place = dict(lineno=node.lineno, col_offset=node.col_offset)
+                guard = _ast.Name("its own", _ast.Load(), **place)  # no program can write this name
+                node.value = _ast.Call(guard, [node.value], [], **place)
+        return compile(tree, "program", mode, dont_inherit=True)
+
+    shown = {}
+    namespace = type(sys.implementation)  # no module: an import that fails there looks among the real ones
+
+    def shows(name):
+        """A module's public names, in an object of the program's own."""
+        if name not in modules:
+            raise Refused
+        if name not in shown:
+            real = __import__(name, fromlist=["_"])
+            public = getattr(real, "__all__", None) or [key for key in vars(real) if key[0] != "_"]
+            if name == "sys":
+                public = ["maxsize", "maxunicode", "float_info", "version_info", "setrecursionlimit", "exit"]
+            found = {key: getattr(real, key) for key in public if key not in withheld}
+            found = {key: value for key, value in found.items() if not isinstance(value, type(sys))}
+            if name == "collections":
+                found["abc"] = shows("collections.abc")
+            shown[name] = namespace(**found)
+        return shown[name]
+
+    def imported(name, globals=None, locals=None, fromlist=(), level=0):
+        found = shows(name)
+        return found if fromlist else shows(name.partition(".")[0])
+
+    def attribute(thing, name, *default):
+        if type(name) is not str or not named(name):
+            raise Refused
+        return getattr(thing, name, *default)
+
+    def change(thing, name, *value):
+        if type(name) is not str or not named(name):
+            raise Refused
+        (setattr if value else delattr)(own(thing), name, *value)
+
+    def kind(thing):
+        if isinstance(thing, type):  # what makes classes could give one any dunder
+            raise Refused
+        return type(thing)
+
+    def running(mode):
+        def run(text, globals=None, locals=None):
+            if globals is None:
+                frame = sys._getframe(1)
+                if frame.f_code.co_filename != "program":  # a library calls back: its names are not the program's
+                    raise Refused
+                return eval(compiled(text, mode), frame.f_globals, frame.f_locals if locals is None else locals)
+            space = dict(globals) | {"__builtins__": given}  # a copy: `given` stays out of reach
+            value = eval(compiled(text, mode), space, locals)
+            globals.update({name: value for name, value in space.items() if name != "__builtins__"})
+            return value
+
+        return run
+
+    def refuse(*_, **__):
+        raise Refused
+
+    given = {name: value for name, value in vars(builtins).items() if name[0] != "_"}
+    given |= dict.fromkeys("open input compile globals locals vars breakpoint".split(), refuse)
+    given |= dict(getattr=attribute, setattr=change, delattr=change, type=kind)
+    given |= dict(eval=running("eval"), exec=running("exec"))
+    given |= {"its own": own, "__import__": imported, "__build_class__": builtins.__build_class__, "__debug__": True}
+    try:
+        program, tests = [read(int(length)) for length in read(20).split()]
+        names = {"__name__": "program", "__builtins__": given}
+        tree = compile(tests, "tests", "exec", _ast.PyCF_ONLY_AST, dont_inherit=True)
+        for node in tree.body:  # a program may leave out what its tests import at their top
+            if not isinstance(node, (_ast.Import, _ast.ImportFrom)):
+                break
+            wanted = [alias.name for alias in node.names] if isinstance(node, _ast.Import) else [node.module]
+            if set(wanted) <= set(modules):
+                exec(compile(_ast.Module([node], []), "tests", "exec", dont_inherit=True), names)
+        exec(compiled(program, "exec"), names)
+        # no builtin and no module of the tests is the program's
+        known = {*vars(builtins), "__builtins__"}
+        names = {k: v for k, v in names.items() if k not in known and not isinstance(v, namespace)}
+        sys.path.append("/packages")
+        exec(compile(tree, "tests", "exec", dont_inherit=True), names | {"__name__": "tests"})
+        os.write(verdict, os.read(source, 64))
+    except Refused:
+        os.write(verdict, b"refused")
+    except BaseException:  # whatever a program raises, its tests did not pass
+        pass
+    os._exit(0)
+
+
+@functools.lru_cache
+def _sandbox() -> list[str]:
+    """The command of a sandboxed interpreter, without what limits and feeds it."""
+    import importlib.util
+    import inspect
+
+    prefix, python = sys.base_prefix, os.path.realpath(sys._base_executable)
+    command = "bwrap --unshare-ipc --unshare-pid --unshare-net --unshare-uts --unshare-cgroup-try".split()
+    # root sets the machine up as root and goes on as nobody, since the limit of processes does not bind root, not even
+    # in a namespace of its own; others are nobody in such a namespace from the start
+    root = "--cap-drop ALL --cap-add CAP_SETUID --cap-add CAP_SETGID"
+    command += (root if os.geteuid() == 0 else "--unshare-user --uid 65534 --gid 65534").split()
+    command += "--die-with-parent --new-session --clearenv --setenv OPENBLAS_NUM_THREADS 1".split()
+    command += ["--setenv", "LD_LIBRARY_PATH", "/python/lib", "--ro-bind", prefix, "/python"]
+    for place in ("/usr", "/lib", "/lib64", "/nix"):
+        if os.path.islink(place):
+            command += ["--symlink", os.readlink(place), place]
+        elif os.path.isdir(place):
+            command += ["--ro-bind", place, place]
+    command += "--perms 0755 --dir /packages".split()
+    if spec := importlib.util.find_spec("numpy"):
+        for folder in (spec.submodule_search_locations[0], spec.submodule_search_locations[0] + ".libs"):
+            command += ["--ro-bind-try", folder, f"/packages/{os.path.basename(folder)}"]
+    command += "--size 16777216 --perms 1777 --tmpfs /tmp --remount-ro / --chdir /tmp".split()
+    call = f"_inside({SECONDS}, {PROGRAM_MEMORY}, {MODULES}, {WITHHELD}, {SAFE})"
+    inside = f"/python/{os.path.relpath(python, prefix)}"
+    return [*command, inside, "-I", "-S", "-B", "-c", inspect.getsource(_inside) + call]
+
+
+def _test(pair: tuple[str, str]) -> bool | str:
+    """Whether a program passes its tests, in a sandbox of its own; or "refused", "timeouts", "errors"."""
+    program, tests = (text.encode("utf-8", "replace") for text in pair)
+    secret = os.urandom(24).hex().encode()
+    fed, said = os.memfd_create("fed"), b""
+    try:
+        os.write(fed, b"%10d%10d%b%b%b" % (len(program), len(tests), program, tests, secret))
+        os.lseek(fed, 0, os.SEEK_SET)
+        process = subprocess.Popen(_sandbox(), stdin=fed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    finally:
+        os.close(fed)
+    over = time.monotonic() + WALL
+    with process.stdout as out:
+        while len(said) < 1024:  # a dot when the program starts, the secret or "refused": nothing longer is read
+            ready = select.select([out], [], [], max(over - time.monotonic(), 0))[0]
+            more = os.read(out.fileno(), 1024) if ready else b""
+            if not more:
+                break
+            said += more
+    try:
+        died = process.wait(max(over - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+        process.kill()  # and with it all that it started
+        died = process.wait()
+    if died in (-signal.SIGKILL, 128 + signal.SIGXCPU):
+        return "timeouts"
+    if said[:1] != b".":
+        return "errors"
+    return "refused" if said == b".refused" else said[1:] == secret
+
+
+@functools.lru_cache
+def _check_sandbox() -> None:
+    """Ends the program with one line where no program can be run safely: nothing is ever run without the sandbox."""
+    hint = "install the package bubblewrap (0.8 or later; apt-get install bubblewrap)"
+    if not shutil.which("bwrap"):
+        raise SystemExit(f"problems of kind 'code' need a sandbox, and bwrap is not there: {hint}")
+    if _test(("x = 1", "assert x == 1")) is not True:
+        done = subprocess.run(_sandbox(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WALL)
+        told = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise SystemExit(
+            f"problems of kind 'code' need a sandbox, and bubblewrap cannot make one here ({told}): {hint}, "
+            "and allow it user namespaces, or run as an ordinary user"
+        )
+
+
+@functools.lru_cache(256)
+def _parsed(code: str) -> ast.Module | None:
+    """The program's tree; None for what is no program, or too deep to be looked at."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of "\\d" in a string without r
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _unfit_tests(tests: str) -> str:
+    """What is wrong with a test program: it does not parse, or it asserts nothing."""
+    try:
+        tree = ast.parse(tests)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return f"is no Python program ({error})"
+    asserts = any(isinstance(node, (ast.Assert, ast.Raise, ast.Call)) for node in ast.walk(tree))
+    return "" if asserts else "tests nothing: it has neither an assert nor a call"
+
+
+def _quick_program(completion: str, tests: str) -> bool | tuple[str, str]:
+    """False where there is no program to be run, else program and tests for `_test`."""
+    program = extract_program(completion)
+    return (program, tests) if program and program.strip() and len(program) <= PROGRAM_LENGTH else False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Cheats. What a rewrite can do to look good without being good, one named term each.
+# 6. Cheats. What a rewrite can do to look good without being good, one named term each.
 
-HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic")  # 0 or 1: worth nothing
+# 0 or 1: worth nothing
+HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic", "hardcodes_tests")
 SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
 _MOST, _LONG = (
     1000,
@@ -1244,15 +1537,15 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     return False
 
 
-def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
-    """Every term of HARD (0 or 1) and of SOFT (in [0, 1]), by name. `answer` is the gold answer.
+def _mentions_source(problem: str, expert: str, rewrite: str) -> float:
+    known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
+    return float(any(m[0] not in known for m in _SOURCE.finditer(told)))
 
-    Source: our reconstruction; the paper (DART, arXiv 2605.26924) says that there is a penalty of cheats.
-    """
+
+def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
     plain, model = spelled(rewrite), spelled(expert)
     found, claims = boxes(plain), statements(plain)
     inside = {content or "" for *_, content in found}
-    known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
     length, expected = (sum(t.kind != "(" for t in _tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
@@ -1265,7 +1558,7 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     return {
         "early_answer": float(_early(problem, model, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or bool(skipped)),
-        "mentions_source": float(any(m[0] not in known for m in _SOURCE.finditer(told))),
+        "mentions_source": _mentions_source(problem, expert, rewrite),
         "hedged": float(
             len(values) > 1 or either or bool(unsure) or bool(maybe and {v for _, v in _numbers(maybe[1])} - values)
         ),
@@ -1276,10 +1569,119 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, fl
     }
 
 
+# --- programs: literals of the tests that are looked up instead of worked out ---
+
+
+def _literal(node: ast.AST) -> str:
+    """A literal as Python writes it, "" for anything else."""
+    try:
+        return repr(ast.literal_eval(node))
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return ""
+
+
+def _telling(literal: str) -> bool:
+    """Whether it is unlikely to stand in two programs by chance: not a small number, a short word or an empty list."""
+    return len(literal.strip("-'\"")) > (4 if literal[-1:] in "'\"" else 7 if literal[-1:] in ")]}" else 2)
+
+
+@functools.lru_cache(256)
+def _literals(code: str) -> frozenset[str]:
+    """Every literal of a program, those inside of lists as well."""
+    kinds = (ast.Constant, ast.UnaryOp, ast.List, ast.Tuple, ast.Set, ast.Dict)
+    return frozenset(_literal(n) for n in ast.walk(_parsed(code) or ast.Module([], [])) if isinstance(n, kinds)) - {""}
+
+
+@functools.lru_cache(256)
+def _cases(tests: str) -> tuple[tuple[frozenset[str], str], ...]:
+    """(arguments, result) of every `assert f(arguments) == result` whose parts are literals."""
+    asserts = [n.test for n in ast.walk(_parsed(tests) or ast.Module([], [])) if isinstance(n, ast.Assert)]
+    equal = [(n.left, n.comparators[0]) for n in asserts if isinstance(n, ast.Compare) and isinstance(n.left, ast.Call)]
+    found = [(frozenset(map(_literal, call.args)), _literal(result)) for call, result in equal]
+    return tuple((arguments, result) for arguments, result in found if arguments and result and "" not in arguments)
+
+
+def _looked_up(code: str) -> list[tuple[set[str], set[str]]]:
+    """(what is compared with, what is given then) of branches, dictionary entries, patterns, and of each comparison,
+    `return` and `print` by itself. Literals; of a list its items too."""
+
+    def literals(nodes) -> set[str]:
+        items = [item for n in nodes for item in getattr(n, "elts", [])]
+        return {_literal(n) for n in (*nodes, *items) if n} - {""}
+
+    def sides(top) -> list:
+        return [side for n in ast.walk(top) if isinstance(n, ast.Compare) for side in (n.left, *n.comparators)]
+
+    def given(body) -> list:
+        return [n.value for top in body for n in ast.walk(top) if isinstance(n, (ast.Return, ast.Assign))]
+
+    found = []
+    for n in ast.walk(_parsed(code) or ast.Module([], [])):
+        if isinstance(n, ast.If):
+            found.append((sides(n.test), given(n.body)))
+        elif isinstance(n, ast.IfExp):
+            found.append((sides(n.test), [n.body]))
+        elif isinstance(n, ast.Dict):
+            found += [([key], [value]) for key, value in zip(n.keys, n.values)]
+        elif isinstance(n, ast.match_case):
+            parts = list(ast.walk(n.pattern))
+            values = [part.value for part in parts if isinstance(part, ast.MatchValue)]
+            lists = [part.patterns for part in parts if isinstance(part, ast.MatchSequence)]
+            lists = [ast.List([getattr(item, "value", item) for item in items]) for items in lists]
+            found.append((values + lists, given(n.body)))
+        elif isinstance(n, ast.Compare):
+            found.append((sides(n), []))
+        elif isinstance(n, ast.Return):
+            found.append(([], [n.value]))
+        elif isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print":
+            found.append(([], n.args))
+    return [(literals(keys), literals(values)) for keys, values in found]
+
+
+def _hardcodes_tests(problem: str, expert: str, program: str, tests: str) -> bool:
+    """Whether a program looks the tests up: it compares with, or gives, a telling literal of theirs that neither the
+    problem nor the expert has; or three small cases, which are half of the tests' and half of its own.
+
+    Comparisons are those of branches, dictionary keys and patterns. Source: ours.
+    """
+    asked, shown = problem.replace(" ", ""), {"".join(x.split()) for x in _literals(expert)}
+
+    def known(literal: str) -> bool:
+        text = "".join(literal.split())
+        return text in shown or text in asked or text.strip("'\"") in asked
+
+    entries, wanted = _looked_up(program), {x for x in _literals(tests) if _telling(x)}
+    wanted |= {repr(x) for x in wanted if x[0] in "[({"}  # compared as text
+    if any(x in wanted and not known(x) for keys, values in entries for x in keys | values):
+        return True
+    cases, usual = _cases(tests), _looked_up(expert)
+    hits = [
+        c
+        for c in cases
+        if any(c[0] <= keys and c[1] in values for keys, values in entries)
+        and not any(c[0] <= keys and c[1] in values for keys, values in usual)
+    ]
+    pairs = sum(bool(keys and values) for keys, values in entries)
+    return len(hits) >= 3 and 2 * len(hits) >= max(len(cases), pairs)
+
+
+def _code_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
+    """Lengths are in words and signs. An answer may say in prose what a short program does, and a program repeats the
+    problem's signature as the expert's does: neither counts."""
+    program, model = extract_program(rewrite) or "", extract_program(expert) or expert
+    length, expected = (len(re.findall(r"\w+|[^\w\s]", text)) for text in (rewrite, expert))
+    copied = _share(problem, rewrite, 8) - _share(problem, expert, 8)
+    return {
+        "mentions_source": _mentions_source(problem, expert, rewrite),
+        "hardcodes_tests": float(len(program) <= PROGRAM_LENGTH and _hardcodes_tests(problem, model, program, answer)),
+        "padding": _ramp(length / max(expected, 100), 1.5, 2.5),
+        "repetition": _repetition(rewrite),
+        "copies_problem": max(copied, 0.0),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
-#    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
-#    but we could not read them: the formula is our reconstruction.
+# 7. Kinds. The one place that knows what a row's `kind` changes.
 
 _CHECK = re.compile(r"\b(?:check|verif|to confirm)", re.I)
 
@@ -1303,6 +1705,118 @@ def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
     return boxed in near or any(t.value is not None or t.text == "=" for t in between)
 
 
+def _consistent(expert: str, rewrite: str) -> tuple[float, bool]:
+    """Fidelity, and whether the last calculation agrees with the box, where there is one box."""
+    plain = spelled(rewrite)
+    found = boxes(plain)
+    return fidelity(expert, rewrite), len(found) != 1 or not found[0][2] or _agrees(plain, *found[0])
+
+
+class Kind(typing.NamedTuple):
+    asks: str  # how the plain question ends
+    place: str  # what a rewrite is to be put into what
+    ready: typing.Callable  # () -> None; ends the program where answers of this kind cannot be graded
+    unfit: typing.Callable  # gold answer -> what is wrong with it, "" if nothing
+    found: typing.Callable  # text -> (start, end, content or None) of each place that holds an answer
+    extract: typing.Callable  # completion -> answer or None
+    vote: typing.Callable  # answer -> its key in a majority vote
+    quick: typing.Callable  # completion, gold -> verdict, or the pair of texts that takes longer
+    ask: typing.Callable  # that pair -> verdict, or a name of FAILURES
+    cheats: typing.Callable  # problem, expert, rewrite, gold -> the terms that are defined for this kind
+    consistent: typing.Callable  # expert, rewrite -> fidelity, whether the rewrite agrees with its own answer
+
+
+KINDS = {
+    "math": Kind(
+        "Reason step by step, and put your final answer within \\boxed{}.",
+        "the final answer within \\boxed{}.",
+        ready=lambda: None,
+        unfit=lambda answer: "",
+        found=lambda text: boxes(spelled(text)),
+        extract=extract_answer,
+        vote=normal_form,
+        quick=_quick,
+        ask=_ask,
+        cheats=_math_cheats,
+        consistent=_consistent,
+    ),
+    "code": Kind(
+        "Solve this in Python, and put the whole program, with its imports, into one ```python block.",
+        "the whole program, with its imports, into one ```python block.",
+        ready=_check_sandbox,
+        unfit=_unfit_tests,
+        found=programs,
+        extract=extract_program,
+        vote=str.strip,  # programs that do the same are not seen to be one: of little use, but nothing is claimed
+        quick=_quick_program,
+        ask=_test,
+        cheats=_code_cheats,
+        consistent=lambda expert, rewrite: (
+            1.0,
+            True,
+        ),  # no fidelity: a program has no results on the way, it has tests
+    ),
+}
+
+
+def check_kinds(path: str, rows: list[dict], graded: bool = True) -> list[dict]:
+    """The rows of a file, each with its `kind` ("math" where it has none).
+
+    Ends the program with file, line and field of an unknown kind, or (where answers will be `graded`) of an answer that
+    cannot be checked; and where the sandbox is missing that a kind needs.
+    """
+    for row in rows:
+        kind = row.setdefault("kind", "math")
+        wrong = "" if kind in KINDS else f"'kind' must be {' or '.join(KINDS)}, found {kind!r}"
+        if not wrong and graded and (unfit := KINDS[kind].unfit(row["answer"])):
+            wrong = f"'answer' {unfit}"
+        if wrong:
+            with open(path, encoding="utf-8") as file:
+                ids = [json.loads(line)["id"] if line.strip() else None for line in file]
+            raise SystemExit(f"{path}, line {ids.index(row['id']) + 1}: field {wrong}")
+    for kind in {row["kind"] for row in rows} if graded else ():
+        KINDS[kind].ready()
+    return rows
+
+
+def verify_all(completions: list[str], golds: list[str], kinds: typing.Sequence[str] | None = None) -> list[bool]:
+    """`verify` of many: a verdict for each pair of the two equally long lists; `kinds`, as long, default to "math".
+
+    What runs out of time or memory, fails or is refused counts as wrong, is counted in FAILURES and is printed.
+    """
+    kinds = kinds or ["math"] * len(golds)
+    verdicts = [KINDS[kind].quick(completion, gold) for completion, gold, kind in zip(completions, golds, kinds)]
+    verdicts = [v if isinstance(v, bool) else (kind, *v) for v, kind in zip(verdicts, kinds)]
+    pairs = dict.fromkeys(v for v in verdicts if isinstance(v, tuple))  # rollouts repeat themselves: each is asked once
+    for pair, verdict in zip(pairs, _POOL.map(lambda pair: KINDS[pair[0]].ask(pair[1:]), pairs)):
+        pairs[pair] = verdict is True
+        if verdict in FAILURES:
+            FAILURES[verdict] += 1
+            print(f"grading {pair[1][:200]!r} against {pair[2][:200]!r}: {verdict}", file=sys.stderr)
+    return [v if isinstance(v, bool) else pairs[v] for v in verdicts]
+
+
+def verify(completion: str, gold: str, kind: str = "math") -> bool:
+    """Whether the completion's answer equals the gold one (an answer, or a text with a box), or its program passes the
+    gold tests. No text raises."""
+    return verify_all([completion], [gold], [kind])[0]
+
+
+def cheats(problem: str, expert: str, rewrite: str, answer: str, kind: str = "math") -> dict[str, float]:
+    """Every term of HARD (0 or 1) and of SOFT (in [0, 1]), by name; 0 where a term does not apply to the kind. `answer`
+    is the gold answer.
+
+    Source: our reconstruction; the paper (DART, arXiv 2605.26924) says that there is a penalty of cheats.
+    """
+    return dict.fromkeys((*HARD, *SOFT), 0.0) | KINDS[kind].cheats(problem, expert, rewrite, answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
+#    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
+#    but we could not read them: the formula is our reconstruction.
+
+
 def judge(
     problem: str,
     expert: str,
@@ -1312,20 +1826,20 @@ def judge(
     correct: bool,
     min_fidelity: float,
     hard: typing.Sequence[str] = HARD,
+    kind: str = "math",
 ) -> dict[str, float]:
     """All that is to be known of a rewrite but its likelihood. Source: our reconstruction.
 
-    gate = ended, exactly one box, correct, the last arithmetic statement agrees with the box, fidelity >= min_fidelity.
-    `hard` names the terms that count as hard cheats; another name is a KeyError. All values are numbers: 0 or 1 for
-    hard terms, gate, cheating and clean; [0, 1] for soft terms, fidelity and copy; a ratio of characters.
+    gate = ended, exactly one box (program), correct, the last arithmetic statement agrees with the box, fidelity >=
+    min_fidelity; a program's fidelity is 1. `hard` names the terms that count as hard cheats; another name is a
+    KeyError. All values are numbers: 0 or 1 for hard terms, one_answer, gate, cheating and clean; [0, 1] for soft
+    terms, fidelity and copy; a ratio of characters.
     """
-    parts = cheats(problem, expert, rewrite, answer)
-    parts["fidelity"] = fidelity(expert, rewrite)
-    plain = spelled(rewrite)
-    found = boxes(plain)
-    one_box = len(found) == 1 and bool(found[0][2])
-    agrees = not one_box or _agrees(plain, *found[0])
-    gate = ended and correct and one_box and agrees and parts["fidelity"] >= min_fidelity
+    parts = cheats(problem, expert, rewrite, answer, kind)
+    found = KINDS[kind].found(rewrite)
+    parts["fidelity"], agrees = KINDS[kind].consistent(expert, rewrite)
+    parts["one_answer"] = float(len(found) == 1 and bool(found[0][2]))
+    gate = ended and correct and parts["one_answer"] and agrees and parts["fidelity"] >= min_fidelity
     cheating = any(parts[name] for name in hard)
     return parts | {
         "gate": float(gate),

@@ -6,8 +6,8 @@ log-probability of a text's tokens under the frozen target that is asked the pla
 exactly what fine-tuning will see. Then the method decides what is imitated:
 
     dart     argmax over clean y_k of  A(y_k|x) - soft_weight * sum of soft cheats;     the mapper is the trained one
-             clean: ended by itself, one box, right, its last calculation agrees with the box, fidelity >=
-             min_fidelity, no hard cheat (false arithmetic is one)
+             clean: ended by itself, one box (of code: one program), right, its last calculation agrees with the box,
+             fidelity >= min_fidelity, no hard cheat (false arithmetic is one)
     map      a verified rewrite of the untrained mapper, which is the target itself (prompted rewriting)
     self     a verified solution of the target's own (rejection-sampling fine-tuning; --fallback False)
     resolve  Mind the Gap, arXiv 2509.15157: a verified solution of its own; for problems without one, a verified
@@ -80,7 +80,7 @@ class Config:
     method: str = "dart"  # dart, map (prompted rewriting), self (own solutions), resolve (Mind the Gap) or rasft
     target: str = ""  # folder of the model that will be fine-tuned: its likelihood scores the texts
     mapper: str = ""  # folder of the model that writes (for rasft the current policy); empty: the target itself
-    data: str = ""  # demonstrations: JSONL with id, problem, solution, answer
+    data: str = ""  # demonstrations: JSONL with id, problem, solution, answer, and kind where it is code
     output_dir: str = ""  # where train.jsonl is written; started again, only the rest is done
     limit: int = 0  # only the first rows of the data (0: all)
     share: float = 1.0  # share of the rows that are written for; the others keep the expert's text unseen
@@ -127,7 +127,7 @@ RANGES = {
 
 def training_row(row: dict, source: str, text: str, align: float, sample: int = 0, weight: float = 1.0) -> dict:
     """One text to imitate. (id, source, sample) is its key."""
-    kept = {"id": row["id"], "problem": row["problem"], "solution": text, "answer": row["answer"]}
+    kept = {name: row[name] for name in ("id", "kind", "problem", "answer")} | {"solution": text}
     origin = {"source": source, "sample": sample, "weight": weight, "align": align, "expert_align": row["expert_align"]}
     return kept | origin
 
@@ -146,10 +146,11 @@ def fall_back(row: dict, candidates: list[dict], config: Config) -> list[dict]:
 
 
 def verified(candidate: dict) -> bool:
-    """Ended by itself, one box, right, none of --hard_cheats; a guided text must not mention what it was shown."""
+    """Ended by itself, one box or program, right, none of --hard_cheats; a guided text must not mention what it was
+    shown."""
     gives_away = candidate["source"] == "guided" and candidate["mentions_source"]
-    ended = candidate["finish"] == "stop" and len(reward.boxes(candidate["text"])) == 1
-    return candidate["correct"] and ended and not candidate["cheating"] and not gives_away
+    ended = candidate["finish"] == "stop" and candidate["one_answer"]
+    return bool(candidate["correct"] and ended) and not candidate["cheating"] and not gives_away
 
 
 KEEP = {  # which of the verified candidates (numbers, candidates, row, config)
@@ -220,9 +221,9 @@ def select_rasft(row: dict, candidates: list[dict], config: Config) -> list[dict
 
 
 PROMPTS = {  # source of a text -> how it is asked for
-    "mapper": lambda row: reward.map_prompt(row["problem"], row["solution"]),
-    "self": lambda row: reward.solve_prompt(row["problem"]),
-    "guided": lambda row: reward.guided_prompt(row["problem"], row["solution"]),
+    "mapper": lambda row: reward.map_prompt(row["problem"], row["solution"], row["kind"]),
+    "self": lambda row: reward.solve_prompt(row["problem"], row["kind"]),
+    "guided": lambda row: reward.guided_prompt(row["problem"], row["solution"], row["kind"]),
 }
 METHODS = {  # method -> its prompts in turn, its choice
     "dart": (["mapper"], select_dart),
@@ -260,7 +261,8 @@ def write_texts(engine, config: Config, tokenizer, todo: list[tuple[dict, list[i
 
 def judge(row: dict, candidates: list[dict], source: str, config: Config) -> list[dict]:
     """Candidates with `source`, `correct` and all that reward.judge knows of them."""
-    correct = reward.verify_all([c["text"] for c in candidates], [row["answer"]] * len(candidates))
+    count = len(candidates)
+    correct = reward.verify_all([c["text"] for c in candidates], [row["answer"]] * count, [row["kind"]] * count)
     judged = []
     for c, right in zip(candidates, correct):
         parts = reward.judge(
@@ -272,6 +274,7 @@ def judge(row: dict, candidates: list[dict], source: str, config: Config) -> lis
             correct=right,
             min_fidelity=config.min_fidelity,
             hard=config.hard_cheats,
+            kind=row["kind"],
         )
         judged.append(c | {"source": source, "correct": right} | parts)
     return judged
@@ -297,8 +300,10 @@ def stop_engine(llm) -> None:
         torch.cuda.empty_cache()
 
 
-def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -> typing.Iterator[tuple[int, float]]:
-    """Yields (index, A(y|x)) of (problem, text) pairs as the engine finishes them.
+def mean_aligns(
+    engine, tokenizer, texts: list[tuple[str, str, str]], max_len: int
+) -> typing.Iterator[tuple[int, float]]:
+    """Yields (index, A(y|x)) of (problem, text, kind) as the engine finishes them.
 
     A(y|x) = mean over response tokens, stop id included, of log π(y_t | c(x), y_<t), from the logits of one pass over
     prompt and text. A text that leaves no room below `max_len` (most often one that did not end) is scored without its
@@ -308,7 +313,7 @@ def mean_aligns(engine, tokenizer, texts: list[tuple[str, str]], max_len: int) -
 
     # flat: no object for every token. A request has to generate one token, which is thrown away.
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
-    pairs = [reward.text_ids(tokenizer, problem, text) for problem, text in texts]
+    pairs = [reward.text_ids(tokenizer, *text) for text in texts]
     prompts = [(prompt + response)[: max_len - 1] for prompt, response in pairs]
     for i, output in generate(engine, prompts, [params] * len(prompts), desc="score"):
         # one number a token, of the one that stands there given those before it; the first token has none
@@ -323,11 +328,11 @@ def write_scores(engine, tokenizer, rows: list[dict], judged: dict, seconds: dic
         for row in rows
         for n, text in enumerate([row["solution"], *(c["text"] for c in judged[row["id"]])])
     ]
-    pairs = [(row["problem"], text) for row, _, text in texts]
+    asked = [(row["problem"], text, row["kind"]) for row, _, text in texts]
     aligns: dict[str, dict[int, float]] = {row["id"]: {} for row in rows}
     clock = time.time()
     with open_part(out, "scored") as part:
-        for i, align in mean_aligns(engine, tokenizer, pairs, max_len):
+        for i, align in mean_aligns(engine, tokenizer, asked, max_len):
             row, n, _ = texts[i]
             found = aligns[row["id"]]
             found[n] = align
@@ -746,14 +751,16 @@ def main():
 
     # --- 1. prompts, checked before any model is loaded ---
     fields = dict.fromkeys(("id", "problem", "solution", "answer"), str)
-    rows = read_jsonl(config.data, fields)[: config.limit or None]
+    rows = read_jsonl(config.data, fields, optional={"kind": str})[: config.limit or None]
+    rows = reward.check_kinds(config.data, rows)
     tokenizer = reward.load_tokenizer(config.target)
     reward.check_same_tokenizer(reward.load_tokenizer(config.mapper), tokenizer)
     stamps = [weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
-    rows = [{name: row[name] for name in fields} for row in rows]  # ours go beside these four
-    expert_length = {r["id"]: sum(map(len, reward.text_ids(tokenizer, r["problem"], r["solution"]))) for r in rows}
+    rows = [{name: row[name] for name in (*fields, "kind")} for row in rows]  # ours go beside these five
+    texts = {row["id"]: reward.text_ids(tokenizer, row["problem"], row["solution"], row["kind"]) for row in rows}
+    expert_length = {i: len(prompt) + len(response) for i, (prompt, response) in texts.items()}
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
     check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")

@@ -212,7 +212,9 @@ def read_rows(config: Config) -> list[dict]:
     if config.loss == "rasft":
         fields["weight"] = float
         hint = "; --loss rasft needs a training set of `rewrite.py --method rasft`"
-    rows = read_jsonl(config.data, fields, ("id", "source", "sample"), {"weight": float, "align": float}, hint)
+    optional = {"weight": float, "align": float, "kind": str}
+    rows = read_jsonl(config.data, fields, ("id", "source", "sample"), optional, hint)
+    reward.check_kinds(config.data, rows, graded=False)
     for row in rows:  # below 0 a text would be unlearnt, without a bound
         check(row.get("weight", 1) >= 0, f"{config.data}: id {row['id']!r} has weight {row.get('weight')}, below 0")
     return rows
@@ -236,7 +238,7 @@ def tokenize(tokenizer, rows: list[dict], limit: int) -> tuple[list, list[dict],
     """(prompt ids, response ids) of the rows that fit, these rows, and the ids of those that do not."""
     pairs, kept, dropped = [], [], []
     for row in rows:
-        prompt, response = reward.text_ids(tokenizer, row["problem"], row["solution"])
+        prompt, response = reward.text_ids(tokenizer, row["problem"], row["solution"], row["kind"])
         if len(prompt) + len(response) > limit:
             dropped.append(row["id"])
         else:

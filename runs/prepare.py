@@ -4,16 +4,23 @@
     python runs/prepare.py math500 aime24 aime25                                    # several at once
     python runs/prepare.py gsm8k_train --local DIR_OR_FILE                          # a copy instead of the hub
     python runs/prepare.py mine.csv --problem question --solution reasoning --answer final --limit 1000 --out mine.jsonl
+    python runs/prepare.py mbpp_train --decontaminate data/mbpp_plus.jsonl data/humaneval.jsonl     # code
 
 One line of SOURCES is one data set; add yours there, or name a local JSONL, Parquet or CSV file and its columns. A row
 is left out, and counted, if a field is missing or empty, or if its answer is not verifiable: the grader must accept the
 answer against itself. Where a data set has no column of answers, the answer is what the grader reads in the solution
 (the last box, or GSM8K's "####").
+
+Of code (kind "code") the answer is a test program, and a row's own program must pass it; those that do not are named. A
+problem of HumanEval is asked as it stands and answered with the whole function; what its prompt has besides (imports,
+helper functions) stands in front of the tests, whose imports a program may leave out. A problem of MBPP is asked with
+the first of its tests, which tells the function's name. MBPP+ has problems of MBPP's training split: `--decontaminate`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import random
 import re
@@ -38,6 +45,7 @@ class Source(NamedTuple):
     solution: str | None  # None: a benchmark without solutions
     answer: str | None  # None: read in the solution
     strip: str = ""  # what is taken off an answer (a pattern)
+    kind: str = "math"  # of reward.KINDS
 
 
 SOURCES = {
@@ -51,6 +59,10 @@ SOURCES = {
     ),
     "numina_cot": Source(
         "AI-MO/NuminaMath-CoT", "9d8d210c9f6a36c8f3cd84045668c9b7800ef517", None, "train", "problem", "solution", None
+    ),
+    "mbpp_train": Source(
+        "google-research-datasets/mbpp", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "full", "train",
+        "text", "code", "test_list", kind="code",
     ),
     # --- benchmarks ---
     "gsm8k_test": Source(
@@ -76,6 +88,23 @@ SOURCES = {
     ),
     "aime25": Source(
         "math-ai/aime25", "563bb8404243c5f09de6ec262f2db674fe5bce9b", None, "test", "problem", None, "answer"
+    ),
+    # --- benchmarks of code ---
+    "humaneval": Source(
+        "openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "openai_humaneval", "test",
+        "prompt", "canonical_solution", "test", kind="code",
+    ),
+    "humaneval_plus": Source(
+        "evalplus/humanevalplus", "d32357cf319e50e9c8d8dab5ea876c72b0fd321b", None, "test",
+        "prompt", "canonical_solution", "test", kind="code",
+    ),
+    "mbpp": Source(
+        "google-research-datasets/mbpp", "4bb6404fdc6cacfda99d4ac4205087b89d32030c", "sanitized", "test",
+        "prompt", "code", "test_list", kind="code",
+    ),
+    "mbpp_plus": Source(
+        "evalplus/mbppplus", "b2d74c91837c3f2a20c1299ae98133cbe7cfa077", None, "test",
+        "prompt", "code", "test", kind="code",
     ),
     # --- out of domain ---
     "svamp": Source(
@@ -143,6 +172,31 @@ def read(row: dict, source: Source) -> tuple[str, str | None, str]:
     return problem, demonstration(solution), answer
 
 
+def read_code(row: dict, source: Source) -> tuple[str, str | None, str]:
+    """(problem, solution, tests) of a row of code; an empty one where there is none.
+
+    Known by their columns are HumanEval's (entry_point) and MBPP's (test_list); others are taken as they are.
+    """
+    problem, tests = row[source.problem] or "", row[source.answer] or ""
+    program = (row[source.solution] or "") if source.solution else ""
+    if name := row.get("entry_point"):
+        try:
+            stands = ast.parse(problem).body
+        except SyntaxError:  # no function to be completed
+            return "", "", ""
+        beside = [ast.get_source_segment(problem, node) for node in stands if getattr(node, "name", "") != name]
+        tests = "\n".join([*beside, tests, f"check({name})"]) if tests else ""
+        program = problem + program if program else ""
+        problem = f"Complete this function:\n\n```python\n{problem.strip()}\n```"
+    elif shown := row.get("test_list"):
+        imports = row.get("test_imports") or [row.get("test_setup_code") or ""]
+        tests = "\n".join([*imports, *(tests if isinstance(tests, list) else [tests])]).strip()
+        problem = f"{problem.strip()}\nYour code should pass this test:\n\n{shown[0]}"
+    if program and not reward.programs(program):
+        program = f"```python\n{program.strip()}\n```"
+    return problem.strip(), program, tests.strip() + "\n" if tests else ""
+
+
 def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
@@ -163,6 +217,7 @@ def main():
     parser.add_argument("--problem", help="column of the problem (a+b joins two); default: the data set's")
     parser.add_argument("--solution", help="column of the solution")
     parser.add_argument("--answer", help="column of the answer; without one the answer is read in the solution")
+    parser.add_argument("--kind", choices=reward.KINDS, help="of a local file; code: the answer is a test program")
     parser.add_argument("--limit", type=int, default=0, help="keep so many rows, drawn at random (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument(
@@ -195,8 +250,11 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
 
     stem, local = (name, args.local) if name in SOURCES else (Path(name).stem, name)
     source = SOURCES.get(name) or Source(name, None, None, "train", "", None, None)
-    columns = {field: getattr(args, field) for field in ("problem", "solution", "answer") if getattr(args, field)}
-    source = source._replace(**columns)
+    given = {field: getattr(args, field) for field in ("problem", "solution", "answer", "kind") if getattr(args, field)}
+    source = source._replace(**given)
+    of_code = source.kind == "code"
+    check(source.answer or not of_code, f"{name}: --answer must name the column of the tests")
+    reward.KINDS[source.kind].ready()
     out = Path(args.out or f"data/{stem}.jsonl")
     data = load(source, local)
     asked = [*source.problem.split("+"), *filter(None, (source.solution, source.answer))]
@@ -210,32 +268,40 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
     order = list(range(len(data)))
     if args.limit:
         random.Random(args.seed).shuffle(order)
-    kept, incomplete, unverifiable, shared = {}, 0, 0, dict.fromkeys(held_out.values(), 0)
+    kept, incomplete, unverifiable, shared = {}, 0, [], dict.fromkeys(held_out.values(), 0)
     bar = tqdm(total=len(order), desc=stem, unit="row")
     for start in range(0, len(order), BLOCK):
         rows = {}
         for i in order[start : start + BLOCK]:
             bar.update()
-            problem, solution, answer = read(data[i], source)
+            problem, solution, answer = (read_code if of_code else read)(data[i], source)
             if not problem or not answer or (source.solution and not solution):
                 incomplete += 1
             elif found := next((held_out[gram] for gram in grams(problem) if gram in held_out), None):
                 shared[found] += 1
             else:
                 texts = {"solution": solution} if solution else {}
-                rows[i] = {"id": f"{stem}-{i}", "problem": problem, **texts, "answer": answer}
-        answers = [row["answer"] for row in rows.values()]
-        right = reward.verify_all([f"\\boxed{{{answer}}}" for answer in answers], answers)
-        unverifiable += len(right) - sum(right)
-        kept |= {i: row for (i, row), good in zip(rows.items(), right) if good}
+                kind = {"kind": source.kind} if of_code else {}
+                rows[i] = {"id": f"{stem}-{i}", **kind, "problem": problem, **texts, "answer": answer}
+        sound = {i for i, row in rows.items() if not reward.KINDS[source.kind].unfit(row["answer"])}
+        # of code the row's own program is tried, where it has one
+        proofs = {i: rows[i].get("solution") if of_code else f"\\boxed{{{rows[i]['answer']}}}" for i in sound}
+        proofs = {i: proof for i, proof in proofs.items() if proof}
+        answers = [rows[i]["answer"] for i in proofs]
+        verdicts = reward.verify_all([*proofs.values()], answers, [source.kind] * len(proofs))
+        sound -= {i for i, right in zip(proofs, verdicts) if not right}
+        unverifiable += [row["id"] for i, row in rows.items() if i not in sound]
+        kept |= {i: row for i, row in rows.items() if i in sound}
         if args.limit and len(kept) >= args.limit:
             break
     bar.close()
     chosen = sorted(list(kept)[: args.limit or None])
-    read_rows = incomplete + unverifiable + sum(shared.values()) + len(kept)
+    read_rows = incomplete + len(unverifiable) + sum(shared.values()) + len(kept)
+    named = f" ({' '.join(unverifiable[:10])}{' ...' * (len(unverifiable) > 10)})" if unverifiable else ""
+    reason = "program fails its tests" if of_code else "answer the grader cannot verify"
     left_out = [
         f"{incomplete} without a problem, a solution or an answer",
-        f"{unverifiable} whose answer the grader cannot verify",
+        f"{len(unverifiable)} whose {reason}{named}",
     ]
     left_out += [f"{count} that share {GRAM} words with {path}" for path, count in shared.items()]
     told = f"{stem}: {read_rows} of {len(data)} rows read, left out {', '.join(left_out)}"
