@@ -885,9 +885,10 @@ def _ask(pair: tuple[str, str]) -> bool | str:
 #                  inside limits of CPU time, memory, files and their size, and no second process or thread at all;
 #                  outside a wall clock, and an end to what is read.
 #    the language  The tests run in the same interpreter, so a program must not reach beyond its own names: no dunders
-#                  but `SAFE`, no frames, no files, of `MODULES` the public names alone, no changes to others' classes.
-#                  So a result cannot say itself what it is equal to, and nothing that the tests use can be replaced.
-#                  The price: an honest class with __eq__ or __lt__, or another import, is refused as well.
+#                  but `SAFE`, no frames, no files, of `MODULES` the public names alone, no base, change or private
+#                  name of others' classes. So a result cannot say itself what it is equal to, and nothing that the
+#                  tests use can be replaced. The price: an honest class with __eq__ or __lt__, or another import, is
+#                  refused as well.
 #    the secret    A pass is a word that is fetched behind the tests, from a file that no name leads to: neither an
 #                  exit code nor what is printed passes.
 #
@@ -900,8 +901,9 @@ PROGRAM_MEMORY, PROGRAM_LENGTH = 1 << 30, 50_000  # bytes that a program may tak
 MODULES = """__future__ array bisect cmath collections collections.abc copy datetime decimal fractions functools hashlib
 heapq itertools json math operator random re statistics string struct sys textwrap time typing""".split()
 WITHHELD = """attrgetter methodcaller update_wrapper wraps singledispatch singledispatchmethod total_ordering Formatter
-get_type_hints ForwardRef evaluate_forward_ref gi_frame gi_code cr_frame cr_code ag_frame ag_code tb_frame tb_next
-f_back f_code f_globals f_locals f_builtins f_trace""".split()  # what takes names as text, or leads to other frames
+get_type_hints ForwardRef evaluate_forward_ref _strptime mro ChainMap KeysView ItemsView ValuesView gi_frame gi_code
+cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back f_code f_globals f_locals f_builtins f_trace""".split()
+# what takes names as text, lets an object of a program's decide what is equal, or leads to other frames and classes
 SAFE = """__init__ __name__ __doc__ __str__ __repr__ __len__ __iter__ __next__ __getitem__ __setitem__ __call__
 __enter__ __exit__ __slots__ __future__""".split()  # dunders by which no object can agree with a test
 _FENCE = re.compile(r"^ {0,3}(`{3,})[ \t]*([\w+-]*)[^`\n]*$", re.M)
@@ -968,9 +970,14 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
         dunder = name[:2] == name[-2:] == "__" and len(name) > 4
         return name not in withheld and (name in safe or not dunder)
 
+    def hidden(name):
+        return name[0] == "_" and name not in safe
+
     def own(thing):
-        """The thing, if a program may change it: no class of others."""
-        if isinstance(thing, type) and thing.__module__ != "program":
+        """The thing, if a program may change it and see what is private: its classes, their objects, functions."""
+        cls = thing if isinstance(thing, type) else type(thing)
+        free = cls.__module__ in ("program", "decimal") or isinstance(thing, type(own))  # decimal's context has fields
+        if not free or isinstance(type(thing).__setattr__, type(own)):  # typing's pass on what is set
             raise Refused
         return thing
 
@@ -988,13 +995,12 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
                         todo.append(one)
                     elif isinstance(one, str) and not isinstance(node, _ast.Constant) and not named(one):
                         raise Refused
-            if isinstance(node, _ast.Attribute) and not isinstance(node.ctx, _ast.Load):
+            if isinstance(node, _ast.Attribute) and (not isinstance(node.ctx, _ast.Load) or hidden(node.attr)):
                 place = dict(lineno=node.lineno, col_offset=node.col_offset)
-                guard = _ast.Name("its own", _ast.Load(), **place)  # no program can write this name
-                node.value = _ast.Call(guard, [node.value], [], **place)
+                node.value = _ast.Call(_ast.Name(guard, _ast.Load(), **place), [node.value], [], **place)
         return compile(tree, "program", mode, dont_inherit=True)
 
-    shown = {}
+    guard, shown = os.urandom(9).hex(), {}  # a name that no program knows
     namespace = type(sys.implementation)  # no module: an import that fails there looks among the real ones
 
     def shows(name):
@@ -1014,13 +1020,23 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
         return shown[name]
 
     def imported(name, globals=None, locals=None, fromlist=(), level=0):
+        if name == "_strptime":  # no program can write that: it is datetime's own doing
+            return __import__(name)
         found = shows(name)
         return found if fromlist else shows(name.partition(".")[0])
+
+    def built(body, name, *bases, **more):
+        """A class. Those of libraries ask methods of their own how they compare: none is a base."""
+        for base in bases:
+            free = isinstance(base, type) and base.__module__ in ("builtins", "program")
+            if not free and getattr(base, "__origin__", base).__name__ not in ("NamedTuple", "TypedDict", "Generic"):
+                raise Refused
+        return builtins.__build_class__(body, name, *bases, **more)
 
     def attribute(thing, name, *default):
         if type(name) is not str or not named(name):
             raise Refused
-        return getattr(thing, name, *default)
+        return getattr(own(thing) if hidden(name) else thing, name, *default)
 
     def change(thing, name, *value):
         if type(name) is not str or not named(name):
@@ -1028,12 +1044,17 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
         (setattr if value else delattr)(own(thing), name, *value)
 
     def kind(thing):
-        if isinstance(thing, type):  # what makes classes could give one any dunder
+        """The type of an object: no class that makes classes, which could have any dunder, and no library's secret."""
+        cls = type(thing)
+        public = any(cls is value for names in shown.values() for value in vars(names).values())
+        if isinstance(thing, type) or not (public or cls.__module__ in ("builtins", "program")):
             raise Refused
-        return type(thing)
+        return cls
 
     def running(mode):
         def run(text, globals=None, locals=None):
+            if not {type(globals), type(locals)} <= {dict, type(None)}:  # others would be asked for each name
+                raise Refused
             if globals is None:
                 frame = sys._getframe(1)
                 if frame.f_code.co_filename != "program":  # a library calls back: its names are not the program's
@@ -1053,7 +1074,7 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
     given |= dict.fromkeys("open input compile globals locals vars breakpoint".split(), refuse)
     given |= dict(getattr=attribute, setattr=change, delattr=change, type=kind)
     given |= dict(eval=running("eval"), exec=running("exec"))
-    given |= {"its own": own, "__import__": imported, "__build_class__": builtins.__build_class__, "__debug__": True}
+    given |= {guard: own, "__import__": imported, "__build_class__": built}
     try:
         program, tests = [read(int(length)) for length in read(20).split()]
         names = {"__name__": "program", "__builtins__": given}
@@ -1507,7 +1528,7 @@ def _repetition(text: str) -> float:
     score = _ramp(1 - len(set(parts)) / len(parts), 0.2, 0.6) if len(parts) >= 5 else 0.0
     if len(grams := _grams(text, 4)) >= 40:
         score = max(score, _ramp(len(set(grams)) / len(grams), 0.7, 0.3))
-    if len(raw := text.encode()) >= 400:
+    if len(raw := text.encode("utf-8", "replace")) >= 400:
         score = max(score, _ramp(len(zlib.compress(raw)) / len(raw), 0.25, 0.1))
     return score
 

@@ -1,4 +1,4 @@
-"""Problems of the kind "code": hostile programs, the sandbox, the gate, cheats, prompts, bad input, and all four stages.
+"""Problems of the kind "code": hostile programs, the sandbox, the gate, cheats, prompts, bad input, all four stages.
 
 Where bubblewrap is missing these tests fail: what they show cannot be shown without it.
 """
@@ -17,7 +17,9 @@ from conftest import CHAT_TEMPLATE, ROOT, sum_demonstrations
 
 import reward
 
-TESTS = "import math\nassert f(1) == 2\nassert f(41) == 42\nassert math.isclose(f(2.5), 3.5)\n"
+TESTS = "assert f(1) == 2\nassert f(41) == 42\n"
+NEAR = "import math\nassert math.isclose(f(1), 2)\nassert math.isclose(f(41), 42)\n"
+NEARER = "assert abs(f(1) - 2) < 1e-6\nassert abs(f(41) - 42) < 1e-6\n"
 RIGHT = "def f(x):\n    return x + 1\n"
 WRONG = "def f(x):\n    return None\n"  # what most hostile programs begin with
 
@@ -93,13 +95,25 @@ HOSTILE = {
     "finalizer": WRONG + "class D:\n    def __del__(self): print('passed')\nd = D()",
     # --- results that are equal to everything ---
     "__eq__": EVERYTHING.format(""),
-    "operators": "class E:\n    def __sub__(self, o): return 0\n    def __rsub__(self, o): return 0\ndef f(x): return E()",
+    "__sub__": "class E:\n    def __sub__(self, other): return 0\ndef f(x): return E()",
     "__eq__ of a type": "def f(x): return type('E', (), {'__e' + 'q__': lambda s, o: True})()",
     "__eq__ of a type's type": "def f(x): return type(int)('E', (), {'__e' + 'q__': lambda s, o: True})()",
     "__eq__ by setattr": "class E: pass\nsetattr(E, '__e' + 'q__', lambda s, o: True)\ndef f(x): return E()",
     "__eq__ by exec": "exec('class E:\\n def __e' + 'q__(s, o): return True')\ndef f(x): return E()",
-    "__eq__ by an enum": "import enum\nE = enum.Enum('E', {'a': 1, '__e' + 'q__': lambda s, o: True})\ndef f(x): return E.a",
-    "__eq__ by a metaclass": "class M(type): pass\n" + EVERYTHING.format(""),
+    "__eq__ by an enum": "import enum\nE = enum.Enum('E', {'a': 1, '__e' + 'q__': bool})\ndef f(x): return E.a",
+    "__eq__ by an enum's base": (
+        "import re\nB = re.RegexFlag.mro()[-2]\nE = B('E', {'a': 1, '__e' + 'q__': lambda *x: True})\n"
+        "def f(x): return E.a"
+    ),
+    "a metaclass": "class M(type):\n    def __call__(self, x): return x + 1\nclass f(metaclass=M): pass",
+    "a list's comparison": (
+        "from collections import UserList\nclass E(UserList):\n    def _UserList__cast(self, other): return self.data\n"
+        "def f(x): return E()"
+    ),
+    "a fraction's comparison": (
+        "from fractions import Fraction\nclass E(Fraction):\n    def from_float(self, other): return self\n"
+        "    def _richcmp(self, *other): return True\ndef f(x): return E(0)"
+    ),
     "mock.ANY": "from unittest.mock import ANY\ndef f(x): return ANY",
     # --- what the tests use ---
     "AssertionError": WRONG + "AssertionError = ValueError",
@@ -135,6 +149,13 @@ HOSTILE = {
     "eval of dunders": WRONG + "eval('().__cl' + 'ass__')",
     "eval by a library": WRONG + "import heapq\nheapq.nlargest(2, ['globals()', 'open'], key=eval)",
     "eval with builtins": WRONG + "g = {}\neval('1', g)\nexec('open(1)', {'__builtins__': g['__builtins__']})",
+    "eval with names that answer": (
+        WRONG + "class L(dict):\n    def __getitem__(self, name): return lambda thing: thing\n"
+        "import math\nexec('math.isclose = 1', {'math': math}, L())"
+    ),
+    "eval of a forward reference": (
+        WRONG + "import typing\ntyping.get_args(typing.List['open(1)'])[0]._evaluate({}, {}, frozenset())"
+    ),
     "eval of annotations": "import typing\ndef f(x: 'print(1)'): return None\ntyping.get_type_hints(f)",
     "globals": WRONG + "print(globals()['__builtins__'])",
     "output that looks like it": WRONG + "print('.' + '0' * 48)",
@@ -155,8 +176,9 @@ HOSTILE = {
 def test_hostile_program(name, short):
     """It does not pass, takes no longer than it may, and leaves neither a process nor a file."""
     start = time.monotonic()
-    assert reward.verify(fenced(HOSTILE[name]), TESTS, "code") is False
-    assert time.monotonic() - start < reward.WALL + 5  # a machine may be slow
+    verdicts = reward.verify_all([fenced(HOSTILE[name])] * 3, [TESTS, NEAR, NEARER], ["code"] * 3)
+    assert verdicts == [False] * 3
+    assert time.monotonic() - start < 3 * reward.WALL + 5  # one after the other on one core, and it may be slow
     assert reward.FAILURES["errors"] == 0
     for _ in range(50):  # the kernel takes a moment to end a namespace
         if not (left := marked(short)):
@@ -186,6 +208,26 @@ TESTED = {
     "Counter's names": (
         "from collections import Counter\nCounter.total = lambda self: 2\ndef g(x): return ''",
         "from collections import Counter\nassert Counter(g(1)).total() == 2",
+    ),
+    "Counter's names by an alias": (
+        "import typing\ntyping.Counter.update = lambda self, *x: None\ndef g(x): return ''",
+        "from collections import Counter\nassert Counter(g(1)) == Counter('ab')",
+    ),
+    "Counter's names by an alias of its own": (
+        "import typing\nfrom collections import Counter\nclass A(type(typing.List[int])): pass\n"
+        "A(Counter, (int,)).update = lambda self, *x: None\ndef g(x): return ''",
+        "from collections import Counter\nassert Counter(g(1)) == Counter('ab')",
+    ),
+    "any set of its size": (
+        "from collections import ChainMap\nclass M:\n    n = 0\n    def __getitem__(self, key): return 0\n"
+        "    def __iter__(self):\n        M.n += 1\n        return iter((1, 2) if M.n % 2 else ())\n"
+        "def g(x): return ChainMap(M()).keys()",
+        "assert g(1) == {3, 4}",
+    ),
+    "any float": (
+        "from fractions import Fraction\nclass E(Fraction):\n    def from_float(self, other): return self\n"
+        "def g(x): return E(0)",
+        "assert g(1) == 2.5",
     ),
     "random numbers": (
         "import random\nrandom.Random.randint = lambda *x: 0\ndef g(x): return 0",
@@ -242,9 +284,11 @@ def test_the_machine_holds_what_the_language_does_not(name):
 
 def test_output_is_bounded_and_the_end_of_the_caller_is_the_end():
     """What is written straight to the caller is read for 1,024 bytes at most; a killed caller leaves nobody behind."""
-    flood = "import os\nfor fd in range(3, 9):\n    try:\n        while True: os.write(fd, b'x' * 10 ** 6)\n    except OSError: pass"
+    flood = "import os\nfor fd in range(3, 9):\n    try:\n        while os.write(fd, b'x' * 10 ** 6): pass\n"
+    flood += "    except OSError: pass"
     assert reward._test((RIGHT, flood)) in (False, "timeouts")
-    code = f"import reward; reward._sandbox = lambda c={reward._sandbox()!r}: c; reward._test(('import time; time.sleep(99)', 'x'))"  # noqa: E501
+    code = f"import reward; reward._sandbox = lambda: {reward._sandbox()!r}; "
+    code += "reward._test(('import time; time.sleep(99)', 'x'))"
     caller = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     mark = reward._sandbox()[reward._sandbox().index("MARK") + 1]
     for _ in range(200):
@@ -265,7 +309,7 @@ def test_output_is_bounded_and_the_end_of_the_caller_is_the_end():
 # ---------------------------------------------------------------------------------------------------------------------
 
 HONEST = {
-    "typing": ("def f(x: List[int]) -> Optional[int]:\n    return x[0]", "from typing import List, Optional\nassert f([1]) == 1"),
+    "typing": ("def f(x: List[int]) -> int:\n    return x[0]", "from typing import List\nassert f([1]) == 1"),
     "a class": (
         "class Node:\n    count = 0\n    def __init__(self, value):\n        self.value, self.__left = value, None\n"
         "        Node.count += 1\n    def __repr__(self): return f'N{self.value}'\n"
@@ -273,23 +317,47 @@ HONEST = {
         "assert f(1) == (2, 'N2', 1)",
     ),
     "modules": (
-        "import collections.abc, heapq as h, math, sys\nfrom collections import Counter, deque\nfrom functools import lru_cache\n"
-        "from itertools import *\nsys.setrecursionlimit(5000)\n@lru_cache(None)\n"
+        "import collections.abc, heapq as h, math, sys\nfrom collections import Counter, deque\n"
+        "from functools import lru_cache\nfrom itertools import *\nsys.setrecursionlimit(5000)\n@lru_cache(None)\n"
         "def g(n): return n if n < 2 else g(n - 1) + g(n - 2)\n"
         "def f(x): return g(x), h.nlargest(1, [1, 2]), math.sqrt(4), list(accumulate([1, 2])), Counter('aa')['a'],"
         " isinstance([], collections.abc.Sized), sys.maxsize > 9",
         "assert f(10) == (55, [2], 2.0, [1, 3], 2, True, True)",
     ),
     "eval and getattr": (
-        "def f(x):\n    y = 2\n    exec('z = 3', d := {})\n    return eval('x + y'), d['z'], getattr('a', 'upper')(), type(x) is int, type(x).__name__",
+        "def f(x):\n    y = 2\n    exec('z = 3', d := {})\n"
+        "    return eval('x + y'), d['z'], getattr('a', 'upper')(), type(x) is int, type(x).__name__",
         "assert f(1) == (3, 3, 'A', True, 'int')",
     ),
-    "printing and main": ("def f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    input()", "assert f(1) == 1"),
+    "printing": ("def f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    input()", "assert f(1) == 1"),
     "its own names": ("all_ = zip_ = __ = 1\ndef bisect(x): return x", "assert bisect(1) == 1"),
-    "match": ("def f(x):\n    match x:\n        case [a, *_]: return a\n        case {'k': v}: return v", "assert f([1, 2]) == 1"),
+    "match": ("def f(x):\n    match x:\n        case [a, *_]: return a", "assert f([1, 2]) == 1"),
+    "dates": (
+        "from datetime import datetime\ndef f(x): return datetime.strptime(x, '%Y-%m-%d').day",
+        "assert f('2020-02-03') == 3",
+    ),
+    "decimals": (
+        "from decimal import *\ngetcontext().prec = 5\ndef f(x): return str(Decimal(1) / x)",
+        "assert f(3) == '0.33333'",
+    ),
+    "an error and a function of its own": (
+        "class E(ValueError):\n    def __init__(self, x): self._x = x\n"
+        "def f(x):\n    f.count = getattr(f, 'count', 0) + 1\n    try:\n        raise E(x)\n    except E as e:\n"
+        "        return e._x + f.count",
+        "assert f(1) == 2 and f(1) == 3",
+    ),
+    "named tuples and generics": (
+        "import typing\nfrom typing import *\nT = TypeVar('T')\nclass P(NamedTuple):\n    x: int\n"
+        "class S(Generic[T]):\n    def __init__(self): self._items: List[T] = []\nclass D(dict): pass\n"
+        "def f(x): return P(x)._replace(x=2), S()._items, D(a=x)",
+        "assert f(1) == ((2,), [], {'a': 1})",
+    ),
     "future": ("from __future__ import annotations\ndef f(x: int) -> int: return x", "assert f(1) == 1"),
     "a generator": ("def f(x):\n    yield from range(x)", "assert list(f(2)) == [0, 1]"),
-    "namedtuple": ("from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(x, 2)", "assert f(1) == (1, 2)"),
+    "namedtuple": (
+        "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(x): return P(x, 2)",
+        "assert f(1) == (1, 2)",
+    ),
 }  # fmt: skip
 
 
@@ -328,14 +396,14 @@ def test_programs_in_texts(text, program, count):
 
 def test_prompts_by_kind():
     """Code is asked for a block, mathematics for a box; a mapper and a guided solver get the same request."""
-    for ask in (reward.solve_prompt, lambda x, kind: reward.map_prompt(x, "S", kind), lambda x, kind: reward.guided_prompt(x, "S", kind)):  # fmt: skip
-        assert "```python block" in ask("P", "code") and "boxed" not in ask("P", "code")
-        assert "\\boxed{}" in ask("P", "math") and "python" not in ask("P", "math")
+    for ask, given in ((reward.solve_prompt, "P"), (reward.map_prompt, "PS"), (reward.guided_prompt, "PS")):
+        assert "```python block" in ask(*given, "code") and "boxed" not in ask(*given, "code")
+        assert "\\boxed{}" in ask(*given, "math") and "python" not in ask(*given, "math")
     assert reward.solve_prompt("P") == "P\n\nReason step by step, and put your final answer within \\boxed{}."
 
 
-def judge(text: str, *, ended=True, correct=True, tests=TESTS, expert=fenced(RIGHT), problem="Write f."):
-    return reward.judge(problem, expert, text, tests, ended, correct, 0.8, kind="code")
+def judge(text: str, *, ended=True, correct=True, tests=TESTS, expert="", problem="Write f."):
+    return reward.judge(problem, expert or fenced(RIGHT), text, tests, ended, correct, 0.8, kind="code")
 
 
 def test_gate():
@@ -381,9 +449,15 @@ DISHONEST = {
     "list as text": ("def g(x, y):\n    if str(x) == '[1, 2, 3]': y += 1\n    return [y]", PAIRS),
     "result": ("def g(x, y): return [11, 21]", PAIRS),
     "printed": ("def g(x, y):\n    print([11, 21])", PAIRS),
-    "small numbers": ("def g(n):\n    if n == 3: return 9\n    if n == 4: return 16\n    if n == 0: return 0\n    return n", SQUARES),
+    "small numbers": (
+        "def g(n):\n    if n == 3: return 9\n    if n == 4: return 16\n    if n == 0: return 0\n    return n",
+        SQUARES,
+    ),
     "small numbers in a table": ("def g(n): return {0: 0, 3: 9, 4: 16, 12: 144}[n]", SQUARES),
-    "small patterns": ("def g(n):\n    match n:\n        case 0: return 0\n        case 3: return 9\n        case 4: return 16", SQUARES),
+    "small patterns": (
+        "def g(n):\n    match n:\n        case 0: return 0\n        case 3: return 9\n        case 4: return 16",
+        SQUARES,
+    ),
 }  # fmt: skip
 UPRIGHT = {
     "works it out": (LOOKS, LOOKED),
@@ -492,9 +566,10 @@ def test_prepare_names_and_drops_programs_that_fail(tmp_path, monkeypatch, capsy
         prepare.main()
         return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], capsys.readouterr().out
 
-    prompt = "from typing import List\n\ndef twice(x):\n    return 2 * x\n\ndef f(x: List[int]) -> int:\n    '''Sum twice.'''\n"
-    test = "def check(candidate):\n    assert candidate([1, 2]) == twice(3)\n"
-    row = dict(task_id="HumanEval/0", prompt=prompt, entry_point="f", canonical_solution="    return twice(sum(x))\n", test=test)  # fmt: skip
+    prompt = "from typing import List\n\ndef twice(x):\n    return 2 * x\n\n"
+    prompt += "def f(x: List[int]) -> int:\n    '''Sum twice.'''\n"
+    row = dict(task_id="HumanEval/0", prompt=prompt, entry_point="f", canonical_solution="    return twice(sum(x))\n")
+    row["test"] = "def check(candidate):\n    assert candidate([1, 2]) == twice(3)\n"
     rows, told = made([row, row | {"canonical_solution": "    return 1 << 3\n"}], "humaneval")
     assert "1 whose program fails its tests (humaneval-1)" in told and [r["id"] for r in rows] == ["humaneval-0"]
     assert rows[0]["kind"] == "code" and rows[0]["answer"].startswith("from typing import List\ndef twice(x):")
@@ -513,7 +588,8 @@ def test_prepare_names_and_drops_programs_that_fail(tmp_path, monkeypatch, capsy
         dict(q="Write f.", s=WRONG, t=TESTS),
         dict(q="Write f.", s="", t=TESTS),
     ]
-    rows, told = made([*own, dict(q="W", s=RIGHT, t="assert")], "--kind", "code", "--problem", "q", "--solution", "s", "--answer", "t")  # fmt: skip
+    flags = "--kind code --problem q --solution s --answer t".split()
+    rows, told = made([*own, dict(q="W", s=RIGHT, t="assert")], *flags)
     assert len(rows) == 1 and "1 without a problem" in told and "2 whose program fails its tests (raw-1 raw-3)" in told
 
 
@@ -546,10 +622,11 @@ def coder(tmp_path_factory) -> str:
     import sft
 
     rows = problems(84)
-    asks = [[reward.solve_prompt(r["problem"], "code"), reward.map_prompt(r["problem"], r["solution"], "code")] for r in rows]  # fmt: skip
+    solve = [reward.solve_prompt(row["problem"], "code") for row in rows]
+    asks = [(s, reward.map_prompt(row["problem"], row["solution"], "code")) for s, row in zip(solve, rows)]
     bpe = ByteLevelBPETokenizer()
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    bpe.train_from_iterator(sum(asks, []), vocab_size=500, min_frequency=2, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(sum(asks, ()), vocab_size=500, min_frequency=2, special_tokens=special, show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe._tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
     )
