@@ -67,9 +67,7 @@ FLUSH_ROWS, FLUSH_SECONDS = 64, 5.0  # finished rows are graded and flushed when
 @dataclass
 class Config:
     models: list[str] = field(default_factory=list)  # folders; NAME=FOLDER names one, else its last path part does
-    benchmarks: list[str] = field(
-        default_factory=list
-    )  # JSONL files {id, problem, answer[, kind]}; named by their file stem
+    benchmarks: list[str] = field(default_factory=list)  # JSONL {id, problem, answer[, kind]}; named by their file stem
     output_dir: str = ""  # where NAME/BENCHMARK.jsonl and NAME/summary.json go; started again, only the rest is done
     samples: int = 4  # n, answers sampled a problem; a larger n narrows the intervals, as far as the problems allow
     temperature: float = 1.0  # of the n samples; 1 is the distribution that was trained, lower ones sharpen it
@@ -792,13 +790,11 @@ def main():
         same = not summary.exists() or json.loads(summary.read_text()).get("weights") == stamps[name]
         check(same, f"{summary.parent} has results of other weights than {path}'s; remove it or choose another name")
         for benchmark, rows in suites.items():
-            rows = [
-                {k: row[k] for k in ("id", "kind", "problem", "answer")} | {"weights": stamps[name]} for row in rows
-            ]
+            fields = ("id", "kind", "problem", "answer")
+            rows = [{k: row[k] for k in fields} | {"weights": stamps[name]} for row in rows]
             done = on_rank0(lambda n=name, b=benchmark, r=rows: set(read_parts(output / n, b, r)))
-            prompts = [
-                reward.prompt_ids(tokenizers[name], reward.solve_prompt(row["problem"], row["kind"])) for row in rows
-            ]
+            questions = [reward.solve_prompt(row["problem"], row["kind"]) for row in rows]
+            prompts = [reward.prompt_ids(tokenizers[name], question) for question in questions]
             fits = [len(ids) + 1 <= config.max_model_len for ids in prompts]
             work[name] += [(benchmark, r, p) for r, p, fit in zip(rows, prompts, fits) if fit and r["id"] not in done]
             if not all(fits):

@@ -975,8 +975,10 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
 
     def own(thing):
         """The thing, if a program may change it and see what is private: its classes, their objects, functions."""
-        cls = thing if isinstance(thing, type) else type(thing)
-        free = cls.__module__ in ("program", "decimal") or isinstance(thing, type(own))  # decimal's context has fields
+        if isinstance(thing, type):
+            free = thing.__module__ == "program"
+        else:  # a context of decimal has fields to be set
+            free = type(thing).__module__ in ("program", "decimal") or isinstance(thing, type(own))
         if not free or isinstance(type(thing).__setattr__, type(own)):  # typing's pass on what is set
             raise Refused
         return thing
@@ -1084,13 +1086,20 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
                 break
             wanted = [alias.name for alias in node.names] if isinstance(node, _ast.Import) else [node.module]
             if set(wanted) <= set(modules):
-                exec(compile(_ast.Module([node], []), "tests", "exec", dont_inherit=True), names)
+                try:  # noqa: SIM105 (to import contextlib takes longer than most programs)
+                    exec(compile(_ast.Module([node], []), "tests", "exec", dont_inherit=True), names)
+                except ImportError:  # a name that is withheld
+                    pass
         exec(compiled(program, "exec"), names)
-        # no builtin and no module of the tests is the program's
-        known = {*vars(builtins), "__builtins__"}
-        names = {k: v for k, v in names.items() if k not in known and not isinstance(v, namespace)}
+        code, known = compile(tree, "tests", "exec", dont_inherit=True), vars(builtins)
+        codes = [code]
+        for one in codes:
+            codes += [inner for inner in one.co_consts if isinstance(inner, type(code))]
+        # no builtin and no module of the tests is the program's, unless they name nothing else: assert sum(10, 15) == 6
+        bare = {name for one in codes for name in one.co_names} <= set(known)
+        names = {k: v for k, v in names.items() if (bare or k not in known) and not isinstance(v, namespace)}
         sys.path.append("/packages")
-        exec(compile(tree, "tests", "exec", dont_inherit=True), names | {"__name__": "tests"})
+        exec(code, names | {"__name__": "tests", "__builtins__": known})
         os.write(verdict, os.read(source, 64))
     except Refused:
         os.write(verdict, b"refused")
@@ -1603,6 +1612,8 @@ def _literal(node: ast.AST) -> str:
 
 def _telling(literal: str) -> bool:
     """Whether it is unlikely to stand in two programs by chance: not a small number, a short word or an empty list."""
+    if literal in ("True", "False", "None"):
+        return False
     return len(literal.strip("-'\"")) > (4 if literal[-1:] in "'\"" else 7 if literal[-1:] in ")]}" else 2)
 
 

@@ -330,6 +330,8 @@ HONEST = {
         "assert f(1) == (3, 3, 'A', True, 'int')",
     ),
     "printing": ("def f(x):\n    print(x)\n    return x\nif __name__ == '__main__':\n    input()", "assert f(1) == 1"),
+    "a builtin's name": ("def sum(a, b): return a * b", "assert sum(2, 5) == 10"),
+    "a name that is withheld": ("def f(x): return x", "from functools import wraps\nassert f(1) == 1"),
     "its own names": ("all_ = zip_ = __ = 1\ndef bisect(x): return x", "assert bisect(1) == 1"),
     "match": ("def f(x):\n    match x:\n        case [a, *_]: return a", "assert f([1, 2]) == 1"),
     "dates": (
@@ -467,6 +469,7 @@ UPRIGHT = {
         LOOKED,
     ),
     "examples below": ("def g(x, y): return [a + y for a in x]\nprint(g([1, 2, 3], 2))\nassert g([10, 20], 1)", PAIRS),
+    "truths": ("def g(n):\n    if n == 5: return False\n    return True", "assert g(5) == False\nassert g(8) == True"),
     "a whole table": ("def g(n): return {i: i * i for i in range(99)}[n]", SQUARES),
     "roman": (
         "def f(s):\n    v = {'I': 1, 'V': 5, 'X': 10, 'L': 50, 'IV': 4, 'IX': 9}\n    return v.get(s) or len(s)",

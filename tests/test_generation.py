@@ -353,6 +353,7 @@ def test_rewrite_files(world, rewrites, tiny_model):
         demo, clean = demos[row["id"]], [c["align"] for c in row["candidates"] if c["clean"]]
         assert set(chosen) == {
             "id",
+            "kind",
             "problem",
             "solution",
             "answer",
@@ -391,6 +392,7 @@ def test_killed_rewriting_goes_on(rewrites):
 
 def candidate(text="1+2=3. \\boxed{3}", clean=1.0, align=-1.0, correct=True, finish="stop", **other) -> dict:
     told = dict(text=text, clean=clean, align=align, correct=correct, finish=finish, source="mapper", cheating=0.0)
+    told["one_answer"] = float(len(reward.boxes(text)) == 1)
     return told | dict.fromkeys((*reward.SOFT, *reward.HARD), 0.0) | other
 
 
@@ -400,6 +402,7 @@ def config(**fields) -> rewrite.Config:
 
 ROW = dict(
     id="a",
+    kind="math",
     problem="Add 1 and 2.",
     solution="One plus two is three: \\boxed{3}",
     answer="3",
@@ -411,7 +414,7 @@ ROW = dict(
 def test_dart_keeps_the_likeliest_clean_rewrite():
     candidates = [candidate(align=-0.1, clean=0.0), candidate(align=-2.0), candidate(align=-1.0), candidate(align=-1.0)]
     (chosen,) = rewrite.select_dart(ROW, candidates, config())
-    kept = {k: ROW[k] for k in ("id", "problem", "answer", "expert_align")}
+    kept = {k: ROW[k] for k in ("id", "kind", "problem", "answer", "expert_align")}
     told = dict(solution=candidates[2]["text"], source="mapper", sample=2, weight=1.0, align=-1.0)
     assert chosen == kept | told
     candidates[2]["padding"] = candidates[2]["repetition"] = candidates[3]["copies_problem"] = 1.0
@@ -584,7 +587,7 @@ def test_bad_files(lines, named, tmp_path, tiny_model, monkeypatch, capsys):
 def test_bad_flags_and_models(tmp_path, tiny_model, monkeypatch, capsys):
     data = write(tmp_path / "data.jsonl", [GOOD])
     good = f"--models {tiny_model} --benchmarks {data} --output_dir {tmp_path}/out --max_model_len 100"
-    write(tmp_path / "kind.jsonl", [json.dumps(json.loads(GOOD) | {"kind": "code"})])
+    write(tmp_path / "kind.jsonl", [json.dumps(json.loads(GOOD) | {"kind": "poem"})])
     no_tokenizer, no_weights, llama = (tmp_path / name for name in ("no_tokenizer", "no_weights", "llama"))
     shutil.copytree(tiny_model, no_tokenizer, ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
     shutil.copytree(tiny_model, no_weights, ignore=lambda *_: ["model.safetensors"])
@@ -596,7 +599,7 @@ def test_bad_flags_and_models(tmp_path, tiny_model, monkeypatch, capsys):
         (f"{good} --colour red", "unknown flag", "--colour"),
         (f"{good} --samples 0", "--samples"),
         (f"{good} --temperature 0", "--temperature"),
-        (f"{good} --benchmarks {tmp_path}/kind.jsonl", "kind.jsonl", "'a'", "code"),
+        (f"{good} --benchmarks {tmp_path}/kind.jsonl", "kind.jsonl, line 1", "'kind'", "'poem'"),
         (f"{good} --max_model_len 1000", "--max_model_len 1000", "512"),
         (f"{good} --models {no_tokenizer}", str(no_tokenizer), "tokenizer"),
         (f"{good} --models {no_weights}", str(no_weights), "weights"),

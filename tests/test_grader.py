@@ -384,6 +384,7 @@ def test_a_gold_answer_with_a_box_or_without_an_answer():
 
 def test_repeated_questions_are_asked_once(monkeypatch):
     asked = []
-    monkeypatch.setattr(reward, "_ask", lambda pair: asked.append(pair) or True)
+    kind = reward.KINDS["math"]._replace(ask=lambda pair: asked.append(pair) or True)
+    monkeypatch.setitem(reward.KINDS, "math", kind)
     assert reward.verify_all([r"\boxed{x+1}", r"\boxed{1}", r"\boxed{x+1}"], ["1+x", "1", "1+x"]) == [True] * 3
     assert asked == [("x+1", "1+x")]  # plain numbers never reach a worker

@@ -376,7 +376,8 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
     tokenizer = reward.load_tokenizer(tiny_model)
     *_, device = mapper_rl.init_distributed()
     target = mapper_rl.load_model(tiny_model, device, train=False)
-    [row] = mapper_rl.prepare(sum_demonstrations(1), tokenizer, make_config(max_tokens=50, max_model_len=300), 0)
+    rows = [row | {"kind": "math"} for row in sum_demonstrations(1)]
+    [row] = mapper_rl.prepare(rows, tokenizer, make_config(max_tokens=50, max_model_len=300), 0)
     row["expert_align"] = -1.5
     a, b, c = row["problem"][4], row["problem"][10], row["answer"]
     texts = [f"{a}+{b}={c}. \\boxed{{{c}}}", f"{a}+{b}={c}0. \\boxed{{{c}}}", f"{a}+{b}={c}. So it is {c}."]
@@ -411,7 +412,7 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
 
 
 def test_direct_rl_rewards_right_answers_and_cheats_only_where_told_to_look():
-    row = dict(problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7")
+    row = dict(problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7", kind="math")
     texts = ["1+2=3. 3+4=7. \\boxed{7}", "1+2=4. 4+4=7. \\boxed{7}", "\\boxed{7}", "1+2=3. 3+4=8. \\boxed{8}"]
     rollouts = [dict(row=0, text=text, ended=ended) for ended in (True, False) for text in texts]
     config = make_config(task="solve")
