@@ -979,7 +979,7 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
             free = thing.__module__ == "program"
         else:  # a context of decimal has fields to be set
             free = type(thing).__module__ in ("program", "decimal") or isinstance(thing, type(own))
-        if not free or isinstance(type(thing).__setattr__, type(own)):  # typing's pass on what is set
+        if not free:
             raise Refused
         return thing
 
@@ -1746,7 +1746,7 @@ def _consistent(expert: str, rewrite: str) -> tuple[float, bool]:
 
 class Kind(typing.NamedTuple):
     asks: str  # how the plain question ends
-    place: str  # what a rewrite is to be put into what
+    place: str  # what a rewrite has to put where
     ready: typing.Callable  # () -> None; ends the program where answers of this kind cannot be graded
     unfit: typing.Callable  # gold answer -> what is wrong with it, "" if nothing
     found: typing.Callable  # text -> (start, end, content or None) of each place that holds an answer
@@ -1783,10 +1783,7 @@ KINDS = {
         quick=_quick_program,
         ask=_test,
         cheats=_code_cheats,
-        consistent=lambda expert, rewrite: (
-            1.0,
-            True,
-        ),  # no fidelity: a program has no results on the way, it has tests
+        consistent=lambda expert, rewrite: (1.0, True),  # a program has no results on the way: its tests say it all
     ),
 }
 

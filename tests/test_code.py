@@ -224,6 +224,11 @@ TESTED = {
         "def g(x): return ChainMap(M()).keys()",
         "assert g(1) == {3, 4}",
     ),
+    "any set of its size, by a view's type": (
+        "from collections import UserDict\nclass M:\n    def __len__(self): return 2\n"
+        "    def __iter__(self): return iter(())\ndef g(x): return type(UserDict().keys())(M())",
+        "assert g(1) == {3, 4}",
+    ),
     "any float": (
         "from fractions import Fraction\nclass E(Fraction):\n    def from_float(self, other): return self\n"
         "def g(x): return E(0)",
