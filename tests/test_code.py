@@ -57,6 +57,9 @@ def marked(mark: str) -> list[str]:
 # Programs that want to pass without being right, or to do harm
 # ---------------------------------------------------------------------------------------------------------------------
 
+# what a program would have evaluated once it is out of its names: the secret lies behind the tests in descriptor 3
+STEAL = "__import__('os').write(4, __import__('os').read(3, 64))"
+OPEN = "open(4, 'wb').write(open(3, 'rb').read())"
 EVERYTHING = "{0}class E:\n    def __eq__(self, other): return True\ndef f(x): return E()\n"
 HOSTILE = {
     # --- time and space ---
@@ -147,16 +150,13 @@ HOSTILE = {
     "descriptors": WRONG + "import os\nprint(os.listdir('/proc/self/fd'))",
     "subclasses": WRONG + "print(().__class__.__base__.__subclasses__())",
     "eval of dunders": WRONG + "eval('().__cl' + 'ass__')",
-    "eval by a library": WRONG + "import heapq\nheapq.nlargest(2, ['globals()', 'open'], key=eval)",
-    "eval with builtins": WRONG + "g = {}\neval('1', g)\nexec('open(1)', {'__builtins__': g['__builtins__']})",
-    "eval with names that answer": (
-        WRONG + "class L(dict):\n    def __getitem__(self, name): return lambda thing: thing\n"
-        "import math\nexec('math.isclose = 1', {'math': math}, L())"
-    ),
+    "eval by a library": WRONG + f"import heapq\nheapq.nlargest(1, [{OPEN!r}], key=eval)",
+    "eval with builtins": WRONG + f"g = {{}}\neval('1', g)\nexec({OPEN!r}, {{'__builtins__': g['__builtins__']}})",
     "eval of a forward reference": (
-        WRONG + "import typing\ntyping.get_args(typing.List['open(1)'])[0]._evaluate({}, {}, frozenset())"
+        WRONG + f"import typing\ntyping.get_args(typing.List[{STEAL!r}])[0]._evaluate({{}}, {{}}, frozenset())"
     ),
-    "eval of annotations": "import typing\ndef f(x: 'print(1)'): return None\ntyping.get_type_hints(f)",
+    "eval of annotations": f"import typing\ndef f(x: {STEAL!r}): return None\ntyping.get_type_hints(f)",
+    "opened descriptors": WRONG + OPEN,
     "globals": WRONG + "print(globals()['__builtins__'])",
     "output that looks like it": WRONG + "print('.' + '0' * 48)",
     # --- the source ---
@@ -216,6 +216,12 @@ TESTED = {
     "Counter's names by an alias of its own": (
         "import typing\nfrom collections import Counter\nclass A(type(typing.List[int])): pass\n"
         "A(Counter, (int,)).update = lambda self, *x: None\ndef g(x): return ''",
+        "from collections import Counter\nassert Counter(g(1)) == Counter('ab')",
+    ),
+    "Counter's names, by names that answer": (
+        "from collections import Counter\nclass L(dict):\n    def __getitem__(self, name):\n"
+        "        return {'C': Counter, 'none': lambda *x: None}.get(name, lambda thing: thing)\n"
+        "exec('C.update = none', {}, L())\ndef g(x): return ''",
         "from collections import Counter\nassert Counter(g(1)) == Counter('ab')",
     ),
     "any set of its size": (
