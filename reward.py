@@ -1216,10 +1216,8 @@ def _quick_program(completion: str, tests: str) -> bool | tuple[str, str]:
 # 0 or 1: worth nothing
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic", "hardcodes_tests")
 SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
-_MOST, _LONG = (
-    1000,
-    200,
-)  # results of a text, tokens of a side: more are not looked at, it would take more than linear time
+# results of a text, tokens of a side: more are not looked at, it would take more than linear time
+_MOST, _LONG = 1000, 200
 
 # --- arithmetic statements: a statement is false only where no reading of it is true ---
 
