@@ -89,7 +89,8 @@ class Config:
     max_tokens: int = 1024  # longest response; what does not end by itself earns nothing
     max_model_len: int = 3072  # longest prompt and response together, in tokens
     # --- reward ---
-    align: str = "nll"  # nll: sigmoid of the gain in mean log-probability; kl: distance between mapper and target
+    align: str = "nll"  # nll: gain in mean log-probability; group: over the group's own clean ones; kl: see reward.py
+    tau: float = 0.0  # nll: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
     kl_beta: float = 0.5  # slope of the kl alignment
     min_fidelity: float = 0.8  # map: share of the expert's intermediate results that must be kept, in order; 0: off
     hard_cheats: list[str] | None = None  # each forfeits the reward; "none": none does; default: all for map, else none
@@ -122,9 +123,9 @@ class Config:
 
     def __post_init__(self):
         check(self.task in ("map", "solve"), f"--task must be map or solve, got {self.task!r}")
-        check(self.align in ("nll", "kl"), f"--align must be nll or kl, got {self.align!r}")
+        check(self.align in ("nll", "group", "kl"), f"--align must be nll, group or kl, got {self.align!r}")
         # D compares M's log-probabilities, which are at the sampling temperature, with π's, which are at 1
-        same = self.align == "nll" or self.temperature == 1
+        same = self.align != "kl" or self.temperature == 1
         check(same, f"--align kl compares distributions at temperature 1: not with --temperature {self.temperature}")
         room = self.max_tokens < self.max_model_len
         check(room, f"--max_tokens {self.max_tokens} leaves no prompt any room in --max_model_len {self.max_model_len}")
@@ -139,8 +140,8 @@ RANGES = {
     "[2, inf)": "group_size",
     "[1, inf)": "steps groups max_tokens max_model_len passes micro_batch_tokens head_chunk rollouts_per_row",
     "(0, inf)": "temperature lr max_grad_norm importance_cap",
-    "[0, inf)": "hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show seed "
-    "export_every",
+    "[0, inf)": "tau hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show "
+    "seed export_every",
     "[0, 0.5]": "kl_beta",  # above it a right rewrite could be worth less than a wrong one
     "[0, 1]": "min_fidelity clip_low",
     "(0, 1)": "gpu_memory",
@@ -395,14 +396,21 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
     passed = [r for r in rollouts if r["parts"]["gate"]]
     pairs = [(rows[r["row"]]["solve_ids"], r["ids"]) for r in passed]
     scores = score(target, pairs, config.micro_batch_tokens, device, chunk=config.head_chunk)
+    clean: dict[int, list[float]] = {}  # A of each group's clean rewrites, which alone earn an alignment
     for r, logprobs in zip(passed, scores):
-        parts, expert = r["parts"], rows[r["row"]]["expert_align"]
         # the metrics A, A_expert and align are means over these, the other parts over all rollouts
-        parts["A"], parts["A_expert"] = logprobs.mean().item(), expert
-        if config.align == "nll":
-            parts["align"] = reward.align_nll(parts["A"], expert, tau)
-        else:
-            parts["align"] = reward.align_kl(r["logprobs"], logprobs.tolist(), config.kl_beta)
+        r["parts"] |= {"A": logprobs.mean().item(), "A_expert": rows[r["row"]]["expert_align"]}
+        if config.align == "kl":
+            r["parts"]["align"] = reward.align_kl(r["logprobs"], logprobs.tolist(), config.kl_beta)
+        if r["parts"]["clean"]:
+            clean.setdefault(r["row"], []).append(r["parts"]["A"])
+    for r in passed if config.align != "kl" else ():
+        level, unit = r["parts"]["A_expert"], tau
+        if (
+            config.align == "group"
+        ):  # as arXiv 2602.11220 measures it; unlike a gain over the expert's it never saturates
+            level, unit = (f(clean.get(r["row"], [0.0])) for f in (np.mean, np.std))
+        r["parts"]["align"] = reward.align_nll(r["parts"]["A"], level, max(unit, 1e-3))
     for r in rollouts:
         align = r["parts"].get("align", 0.0)
         r["reward"] = reward.mapper_reward(r["parts"], align, config.soft_weight, config.hard_weight)
@@ -1064,7 +1072,7 @@ def main():
         )
         for row, logprobs in zip(rows, scores):
             row["expert_align"] = logprobs.mean().item()
-        tau = max(float(np.std([row["expert_align"] for row in rows])), 0.5)
+        tau = config.tau or max(float(np.std([row["expert_align"] for row in rows])), 0.5)
 
     elapsed, generated = (done[-1]["elapsed"], done[-1]["generated_tokens"]) if done else (0.0, 0)
     total = None if config.max_seconds else config.steps  # where time ends the run, the bar tells the time

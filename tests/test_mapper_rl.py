@@ -411,6 +411,20 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
         assert [r["reward"] for r in others] == [0, -0.7, -0.7, 0, 0]
 
 
+def test_a_gain_over_the_group_is_measured_in_the_spread_of_its_clean_rewrites(monkeypatch):
+    """Mean -1.5 and population deviation 0.5 of the two clean ones of group 0; the third passed the gate by a cheat."""
+    A = [-1.0, -2.0, -0.2, -3.0]
+    monkeypatch.setattr(mapper_rl, "score", lambda *_, **__: [torch.tensor([a, a]) for a in A])
+    clean = dict.fromkeys((*reward.HARD, *reward.SOFT), 0.0) | {"gate": 1.0, "clean": 1.0, "cheating": 0.0}
+    parts = [dict(clean), dict(clean), clean | {"clean": 0.0, "cheating": 1.0}, dict(clean)]
+    rollouts = [dict(row=row, ids=[1, 2], parts=p) for row, p in zip([0, 0, 0, 1], parts)]
+    rows = [{"solve_ids": [0], "expert_align": -9.0}] * 2
+    config = make_config(align="group", hard_weight=0.5)
+    mapper_rl.add_rewards(rollouts, rows, None, 0.7, config, None)
+    sigmoid = [1 / (1 + math.exp(-z)) for z in (1.0, -1.0)]
+    assert [r["reward"] for r in rollouts] == pytest.approx([*sigmoid, -0.5, 0.5])  # one alone is its own mean
+
+
 def test_direct_rl_rewards_right_answers_and_cheats_only_where_told_to_look():
     row = dict(problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7", kind="math")
     texts = ["1+2=3. 3+4=7. \\boxed{7}", "1+2=4. 4+4=7. \\boxed{7}", "\\boxed{7}", "1+2=3. 3+4=8. \\boxed{8}"]
