@@ -92,6 +92,9 @@ class Config:
     align: str = "nll"  # nll: gain in mean log-probability; group: over the group's own clean ones; kl: see reward.py
     tau: float = 0.0  # nll: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
     kl_beta: float = 0.5  # slope of the kl alignment
+    gate: bool = (
+        True  # map: what fails the gate earns no alignment; False: all does that is no hard cheat, right or not
+    )
     min_fidelity: float = 0.8  # map: share of the expert's intermediate results that must be kept, in order; 0: off
     hard_cheats: list[str] | None = None  # each forfeits the reward; "none": none does; default: all for map, else none
     hard_weight: float = 0.5  # map: what a hard cheat costs on top
@@ -393,7 +396,7 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
             r["reward"] = float(r["parts"]["correct"] and r["ended"] and honest)
         return
     # The target is asked only about what passed the gate: nothing else can earn an alignment.
-    passed = [r for r in rollouts if r["parts"]["gate"]]
+    passed = [r for r in rollouts if r["parts"]["gate"] or not config.gate]
     pairs = [(rows[r["row"]]["solve_ids"], r["ids"]) for r in passed]
     scores = score(target, pairs, config.micro_batch_tokens, device, chunk=config.head_chunk)
     clean: dict[int, list[float]] = {}  # A of each group's clean rewrites, which alone earn an alignment
@@ -413,7 +416,8 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
         r["parts"]["align"] = reward.align_nll(r["parts"]["A"], level, max(unit, 1e-3))
     for r in rollouts:
         align = r["parts"].get("align", 0.0)
-        r["reward"] = reward.mapper_reward(r["parts"], align, config.soft_weight, config.hard_weight)
+        earns = r["parts"] if config.gate else r["parts"] | {"clean": 1 - r["parts"]["cheating"]}
+        r["reward"] = reward.mapper_reward(earns, align, config.soft_weight, config.hard_weight)
 
 
 def gather(items: list) -> list:

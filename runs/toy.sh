@@ -95,7 +95,11 @@ if [ -n "${ABLATE:-}" ]; then
     ablation no-penalty "--hard_cheats none --soft_weight 0"
     ablation no-false-arithmetic "--hard_cheats early_answer no_reasoning mentions_source hedged"
     ablation no-fidelity "--min_fidelity 0"
+    ablation no-gate "" "--gate False"
     ablation kl "" "--align kl"
+    ablation group "" "--align group"
+    ablation tau-1 "" "--tau 1"
+    ablation tau-2 "" "--tau 2"
     stage eval-ablation evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 fi
 

@@ -425,6 +425,16 @@ def test_a_gain_over_the_group_is_measured_in_the_spread_of_its_clean_rewrites(m
     assert [r["reward"] for r in rollouts] == pytest.approx([*sigmoid, -0.5, 0.5])  # one alone is its own mean
 
 
+def test_without_the_gate_a_wrong_text_earns_its_likelihood(monkeypatch):
+    monkeypatch.setattr(mapper_rl, "score", lambda _, pairs, *__, **___: [torch.tensor([-1.0])] * len(pairs))
+    fails = dict.fromkeys((*reward.HARD, *reward.SOFT), 0.0) | {"gate": 0.0, "clean": 0.0, "cheating": 0.0}
+    for gate, expected in ((True, [0, -0.5]), (False, [1 / (1 + math.exp(-2)), -0.5])):
+        rollouts = [dict(row=0, ids=[1], parts=dict(fails)), dict(row=0, ids=[1], parts=fails | {"cheating": 1.0})]
+        config = make_config(gate=gate, hard_weight=0.5)
+        mapper_rl.add_rewards(rollouts, [{"solve_ids": [0], "expert_align": -2.0}], None, 0.5, config, None)
+        assert [r["reward"] for r in rollouts] == pytest.approx(expected)
+
+
 def test_direct_rl_rewards_right_answers_and_cheats_only_where_told_to_look():
     row = dict(problem="Start with 1. Add 2. Add 4.", solution="1+2=3. 3+4=7. \\boxed{7}", answer="7", kind="math")
     texts = ["1+2=3. 3+4=7. \\boxed{7}", "1+2=4. 4+4=7. \\boxed{7}", "\\boxed{7}", "1+2=3. 3+4=8. \\boxed{8}"]
