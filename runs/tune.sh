@@ -75,8 +75,6 @@ if [ -n "${ACCEPT:-}" ]; then
     : # the tables below tell of it
 elif [ -z "${COMPARE:-}" ]; then
     # --- the other arms of runs/toy.sh ---
-    rewrite prompted map
-    grid prompted "$OUT/prompted/rewrite/train.jsonl"
     for lr in "${RL_LRS[@]}"; do
         stage "mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
         stage "grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
@@ -95,6 +93,8 @@ PY
     echo "the mapper's learning rate: $MAPPER"
     rewrite dart dart --mapper "$OUT/mapper-$MAPPER/model"
     grid dart "$OUT/dart/rewrite/train.jsonl"
+    rewrite prompted map
+    grid prompted "$OUT/prompted/rewrite/train.jsonl"
 else
     # --- the arms of runs/compare.sh ---
     STEPS=("${STEPS[-1]}") MAPPER=1e-4  # as the first part chose them
