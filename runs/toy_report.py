@@ -17,6 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from report import figure
 from toy_world import Config, native_share, steps_right
 
 import reward
@@ -154,6 +155,33 @@ def oracle_alignment(seed: Path) -> float:
     return float(np.mean([s.mean().item() for s in score(model, pairs, 4096, device)]))
 
 
+def curve_points(seed: Path) -> list[dict]:
+    """runs/curves.sh: accuracy, share of rows with a clean rewrite, A and costs, by mapper and K, and by its steps."""
+    steps = metrics(seed / "dart/mapper")
+    whole = costs(seed, ["dart/mapper"])
+    places = {f"{mapper}-{k}": f"curves/{mapper}-{k}" for mapper in ("untrained", "trained") for k in (1, 2, 4, 16)}
+    places |= {f"step-{k}": f"curves/step-{k}" for k in (10, 20, 40)}
+    places |= {"untrained-8": "prompted_dart", "trained-8": "dart", "step-0": "prompted_dart"}
+    places |= {f"step-{len(steps)}": "dart"}
+    points = []
+    for name, place in places.items():
+        model = name if place.startswith("curves") else place
+        suites = accuracies(seed, model, ("eval-curves", "eval"))
+        if suites is None:
+            continue
+        curve, at = name.split("-")
+        spent = costs(seed, [f"{place}/rewrite", f"{place}/sft"])
+        seconds, tokens = spent["seconds"], spent["generated_tokens"]
+        if curve == "trained" or (curve == "step" and at != "0"):
+            row = steps[-1] if curve == "trained" else next(row for row in steps if row["step"] == int(at))
+            seconds += whole["seconds"] - steps[-1]["elapsed"] + row["elapsed"]  # with the start of its processes
+            tokens += row["generated_tokens"]
+        told = metrics(seed / place / "rewrite")[-1]
+        points.append({"curve": curve, "at": int(at), "average": float(np.mean(list(suites.values())))})
+        points[-1] |= {"clean rows": told["weight/mapper"], "A": told["align"], "seconds": seconds, "tokens": tokens}
+    return sorted(points, key=lambda point: (point["curve"], point["at"]))
+
+
 def dart_checks(arm: Path) -> dict[str, float]:
     """What a mapper learnt, and whether its texts are honest by the world's own checker."""
     steps = metrics(arm / "mapper")
@@ -241,7 +269,30 @@ def collect(seed: Path) -> dict:
         ablations[name] = {"average accuracy": average, **told}
     dart = dart_checks(seed / "dart") | {"A of native text (oracle)": oracle_alignment(seed)}
     world = json.loads(Path("out/world", seed.name, "config.json").read_text())["config"]["version"]
-    return {"world": world, "arms": arms, "grpo_curve": curve, "dart": dart, "ablations": ablations}
+    told = {"curves": curve_points(seed)} if (seed / "eval-curves").exists() else {}
+    return told | {"world": world, "arms": arms, "grpo_curve": curve, "dart": dart, "ablations": ablations}
+
+
+def draw_curves(by_curve: dict, grpo: list[dict]) -> str:
+    """SVG: accuracy, clean rows and A over K; accuracy over seconds and tokens, a line for each seed of direct GRPO."""
+
+    def line(curve: str, x: str, y: str, scale: float = 1.0) -> tuple[list, list]:
+        found = [points for (name, _), points in by_curve.items() if name == curve]
+        means = [[float(np.mean([point[name] for point in points])) for points in found] for name in (x, y)]
+        return means[0], [scale * value for value in means[1]]
+
+    panels = []
+    for y, scale, title in (("average", 100, "accuracy, %"), ("clean rows", 100, "clean rows, %"), ("A", 1, "A")):
+        mappers = [(f"{m} mapper", *line(m, "at", y, scale)) for m in ("untrained", "trained")]
+        panels.append((title, "K, rewrites to choose from", mappers))
+    for x, title in (("seconds", "seconds"), ("tokens", "generated tokens")):
+        lines = [("DART, mapper's steps", *line("step", x, "average", 100))]
+        for seed in dict.fromkeys(point["seed"] for point in grpo):
+            own = [point for point in grpo if point["seed"] == seed]
+            name = "seconds" if x == "seconds" else "generated_tokens"
+            lines.append((f"direct GRPO, {seed}", [p[name] for p in own], [100 * p["average"] for p in own]))
+        panels.append(("accuracy, %", title, lines))
+    return figure(panels, columns=3)
 
 
 def main():
@@ -266,6 +317,10 @@ def main():
             arms[arm]["suites"] = {suite: [one["suites"][suite] for one in each] for suite in SUITES}
     curves = [point for one in kept.values() for point in one["grpo_curve"]]
     checks = [one["dart"] for one in kept.values()]
+    by_curve: dict = {}  # (curve, K or step) -> a point a seed
+    for one in kept.values():
+        for point in one.get("curves", []):
+            by_curve.setdefault((point["curve"], point["at"]), []).append(point)
     ablations = {f"{name}, {seed}": a for seed, one in kept.items() for name, a in one["ablations"].items()}
 
     # --- 2. write ---
@@ -325,6 +380,20 @@ def main():
         for c in curves
     ]
     lines += table(["seed", "step", "seconds", "generated tokens", "average"], rows)
+    if by_curve:
+        lines += [
+            "DART's choice among K rewrites of the untrained and of the trained mapper, and of the mapper after some "
+            "steps (K = 8). Clean rows: demonstrations that have a clean rewrite; A: of the training set.",
+            "",
+        ]
+        rows = []
+        for (curve, at), points in by_curve.items():
+            cells = [spread([p["average"] for p in points]), spread([p["clean rows"] for p in points])]
+            cells += [f"{np.mean([p['A'] for p in points]):.2f}", f"{np.mean([p['seconds'] for p in points]):.0f}"]
+            rows.append([curve, str(at), str(len(points)), *cells, f"{np.mean([p['tokens'] for p in points]):,.0f}"])
+        head = ["curve", "K or step", "seeds", "average", "clean rows", "A", "seconds", "generated tokens"]
+        lines += table(head, rows)
+        write_text(out / "curves.svg", draw_curves(by_curve, curves))
     if ablations:
         lines += ["One part of the reward changed at a time:", ""]
         rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
@@ -332,6 +401,7 @@ def main():
     text = "\n".join(lines)
     write_text(out / "report.md", text)
     data = {"arms": arms, "grpo_curve": curves, "dart": checks, "ablations": ablations}
+    data["curves"] = [point for points in by_curve.values() for point in points]
     write_text(out / "report.json", json.dumps(data, indent=1))
     print(f"\n{text}\nwrote {out / 'report.md'} and {out / 'report.json'}")
     dist.destroy_process_group()
