@@ -26,14 +26,14 @@ for arm in "${ARMS[@]}"; do
     if [[ " ${ALL[*]} " != *" $arm "* ]]; then echo "no arm is called $arm; there are ${ALL[*]}" && exit 2; fi
 done
 SFT=(--batch_size 32 --warmup 0.1 --micro_batch_tokens 4096 --seed "$SEED")
-SFT_GRID="--lr 4e-3 --steps 400"      # expert text
+SFT_GRID="--lr 1e-3 --steps 400"      # expert text
 PROMPTED_GRID="--lr 3e-4 --steps 400" # untrained mapper's rewrites
-PROMPTED_DART_GRID="--lr 3e-4 --steps 400" # those that DART would choose
+PROMPTED_DART_GRID="--lr 1e-3 --steps 400" # those that DART would choose
 DART_GRID="--lr 3e-4 --steps 400"     # trained mapper's rewrites
 ORACLE_GRID="--lr 3e-4 --steps 400"   # native text
 RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
     --gradient_checkpointing False --rollouts_per_row 8 --seed "$SEED")
-MAPPER_GRID="--lr 1e-4 --steps 60 --export_every 10"
+MAPPER_GRID="--lr 3e-4 --steps 60 --export_every 10"
 GRPO_GRID="--lr 1e-4"
 REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 EVALUATE=(--samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED")
