@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How the learning rates and steps in runs/toy.sh and runs/compare.sh were chosen: one grid for every arm that
 # fine-tunes, equal trials for both RL runs, on seed 100, which no result uses, by accuracy on the validation split (all
-# suites mixed); the mapper, which solves nothing, by its reward.
+# suites mixed); the mapper, which solves nothing, by the mean log-probability of the rewrites that DART chooses from it.
 #
 #   ACCEPT=1 bash runs/tune.sh    # the acceptance of the world, which the next line begins with, and no more
 #   bash runs/tune.sh             # the arms of runs/toy.sh
@@ -77,22 +77,21 @@ elif [ -z "${COMPARE:-}" ]; then
     # --- the other arms of runs/toy.sh ---
     for lr in "${RL_LRS[@]}"; do
         stage "mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
+        rewrite "dart-$lr" dart --mapper "$OUT/mapper-$lr/model"
         stage "grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
         evaluate "eval/grpo-$lr" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
     done
-    # the mapper's learning rate: the one with the highest reward at the end
+    # the mapper's learning rate: the one whose rewrites, as stage 2 chooses them, are the likeliest under the base
     MAPPER=$(.venv/bin/python - "$OUT" "${RL_LRS[@]}" <<'PY'
 import json, sys
 from pathlib import Path
-def final_reward(lr):
-    rows = Path(sys.argv[1], f"mapper-{lr}/metrics.jsonl").read_text().splitlines()[-5:]
-    return sum(json.loads(row)["reward"] for row in rows)
-print(max(sys.argv[2:], key=final_reward))
+def chosen(lr):
+    return json.loads(Path(sys.argv[1], f"dart-{lr}/rewrite/metrics.jsonl").read_text().splitlines()[-1])["align"]
+print(max(sys.argv[2:], key=chosen))
 PY
     )
     echo "the mapper's learning rate: $MAPPER"
-    rewrite dart dart --mapper "$OUT/mapper-$MAPPER/model"
-    grid dart "$OUT/dart/rewrite/train.jsonl"
+    grid dart "$OUT/dart-$MAPPER/rewrite/train.jsonl"
     rewrite prompted map
     grid prompted "$OUT/prompted/rewrite/train.jsonl"
 else
