@@ -92,9 +92,7 @@ class Config:
     align: str = "nll"  # nll: gain in mean log-probability; group: over the group's own clean ones; kl: see reward.py
     tau: float = 0.0  # nll: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
     kl_beta: float = 0.5  # slope of the kl alignment
-    gate: bool = (
-        True  # map: what fails the gate earns no alignment; False: all does that is no hard cheat, right or not
-    )
+    gate: bool = True  # map: what fails the gate earns no alignment; False: all but hard cheats earn it, right or not
     min_fidelity: float = 0.8  # map: share of the expert's intermediate results that must be kept, in order; 0: off
     hard_cheats: list[str] | None = None  # each forfeits the reward; "none": none does; default: all for map, else none
     hard_weight: float = 0.5  # map: what a hard cheat costs on top
@@ -409,9 +407,7 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
             clean.setdefault(r["row"], []).append(r["parts"]["A"])
     for r in passed if config.align != "kl" else ():
         level, unit = r["parts"]["A_expert"], tau
-        if (
-            config.align == "group"
-        ):  # as arXiv 2602.11220 measures it; unlike a gain over the expert's it never saturates
+        if config.align == "group":  # as arXiv 2602.11220 measures it: a gain over the expert's may saturate
             level, unit = (f(clean.get(r["row"], [0.0])) for f in (np.mean, np.std))
         r["parts"]["align"] = reward.align_nll(r["parts"]["A"], level, max(unit, 1e-3))
     for r in rollouts:

@@ -1684,13 +1684,12 @@ def _hardcodes_tests(problem: str, expert: str, program: str, tests: str) -> boo
     wanted |= {repr(x) for x in wanted if x[0] in "[({"}  # compared as text
     if any(x in wanted and not known(x) for keys, values in entries for x in keys | values):
         return True
+
+    def holds(looked_up, arguments: frozenset[str], result: str) -> bool:
+        return any(arguments <= keys and result in values for keys, values in looked_up)
+
     cases, usual = _cases(tests), _looked_up(expert)
-    hits = [
-        c
-        for c in cases
-        if any(c[0] <= keys and c[1] in values for keys, values in entries)
-        and not any(c[0] <= keys and c[1] in values for keys, values in usual)
-    ]
+    hits = [case for case in cases if holds(entries, *case) and not holds(usual, *case)]
     pairs = sum(bool(keys and values) for keys, values in entries)
     return len(hits) >= 3 and 2 * len(hits) >= max(len(cases), pairs)
 

@@ -91,9 +91,7 @@ class Config:
     model: str = ""  # the target: a Hugging Face folder or hub name
     data: str = ""  # JSONL with id, problem, solution, optionally weight: a set of rewrite.py's, or demonstrations
     output_dir: str = ""  # run folder: config.json, metrics.jsonl, checkpoint-*, and at the end model/
-    start_from: str = (
-        ""  # run folder whose last checkpoint (model, optimizer, step) is carried on; keep it till the end
-    )
+    start_from: str = ""  # run folder whose last checkpoint (model, optimizer, step) goes on; keep it till the end
     max_length: int = 4096  # tokens of prompt and response; longer rows are named and dropped, never truncated
     # The loss
     loss: str = "sft"  # preset of the four fields below, which can also be moved one by one: sft, dft, asft, rasft

@@ -6,9 +6,8 @@
 #
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
 # further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100, all with 400 steps (results/tune.md). Arms named
-# *_filtered apply DART's hard cheats to texts of another source, at that arm's learning rate; prompted_dart is DART's whole
-# choice of rewrites with the untrained mapper, so that one sees what its training adds, and dart_kl DART with the other
-# alignment, both at DART's rates. The rft arms have rows of the problems only that the base solves, the others of all.
+# *_filtered apply DART's hard cheats to texts of another source, at that arm's learning rate; dart_kl is DART with the
+# other alignment, at DART's rates. The rft arms have rows of the problems only that the base solves, the others of all.
 if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines of arms that you do not want" && exit 2; fi
 source "$(dirname "$0")/toy.sh"
 

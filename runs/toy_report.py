@@ -157,12 +157,13 @@ def oracle_alignment(seed: Path) -> float:
 
 def curve_points(seed: Path) -> list[dict]:
     """runs/curves.sh: accuracy, share of rows with a clean rewrite, A and costs, by mapper and K, and by its steps."""
-    steps = metrics(seed / "dart/mapper")
-    whole = costs(seed, ["dart/mapper"])
+    steps = {row["step"]: row for row in metrics(seed / "dart/mapper")}
+    last = max(steps)
+    start = int((seed / "dart/mapper/seconds").read_text()) - steps[last]["elapsed"]  # of processes and engine
     places = {f"{mapper}-{k}": f"curves/{mapper}-{k}" for mapper in ("untrained", "trained") for k in (1, 2, 4, 16)}
     places |= {f"step-{k}": f"curves/step-{k}" for k in (10, 20, 40)}
     places |= {"untrained-8": "prompted_dart", "trained-8": "dart", "step-0": "prompted_dart"}
-    places |= {f"step-{len(steps)}": "dart"}
+    places |= {f"step-{last}": "dart"}
     points = []
     for name, place in places.items():
         model = name if place.startswith("curves") else place
@@ -171,14 +172,14 @@ def curve_points(seed: Path) -> list[dict]:
             continue
         curve, at = name.split("-")
         spent = costs(seed, [f"{place}/rewrite", f"{place}/sft"])
-        seconds, tokens = spent["seconds"], spent["generated_tokens"]
-        if curve == "trained" or (curve == "step" and at != "0"):
-            row = steps[-1] if curve == "trained" else next(row for row in steps if row["step"] == int(at))
-            seconds += whole["seconds"] - steps[-1]["elapsed"] + row["elapsed"]  # with the start of its processes
-            tokens += row["generated_tokens"]
+        cost = {key: spent[key] for key in ("seconds", "generated_tokens")}
+        if curve != "untrained" and place != "prompted_dart":
+            row = steps[last if curve == "trained" else int(at)]
+            cost["seconds"] += start + row["elapsed"]
+            cost["generated_tokens"] += row["generated_tokens"]
         told = metrics(seed / place / "rewrite")[-1]
         points.append({"curve": curve, "at": int(at), "average": float(np.mean(list(suites.values())))})
-        points[-1] |= {"clean rows": told["weight/mapper"], "A": told["align"], "seconds": seconds, "tokens": tokens}
+        points[-1] |= {"clean rows": told["weight/mapper"], "A": told["align"], **cost}
     return sorted(points, key=lambda point: (point["curve"], point["at"]))
 
 
@@ -285,12 +286,11 @@ def draw_curves(by_curve: dict, grpo: list[dict]) -> str:
     for y, scale, title in (("average", 100, "accuracy, %"), ("clean rows", 100, "clean rows, %"), ("A", 1, "A")):
         mappers = [(f"{m} mapper", *line(m, "at", y, scale)) for m in ("untrained", "trained")]
         panels.append((title, "K, rewrites to choose from", mappers))
-    for x, title in (("seconds", "seconds"), ("tokens", "generated tokens")):
+    for x, title in (("seconds", "seconds"), ("generated_tokens", "generated tokens")):
         lines = [("DART, mapper's steps", *line("step", x, "average", 100))]
         for seed in dict.fromkeys(point["seed"] for point in grpo):
             own = [point for point in grpo if point["seed"] == seed]
-            name = "seconds" if x == "seconds" else "generated_tokens"
-            lines.append((f"direct GRPO, {seed}", [p[name] for p in own], [100 * p["average"] for p in own]))
+            lines.append((f"direct GRPO, {seed}", [p[x] for p in own], [100 * p["average"] for p in own]))
         panels.append(("accuracy, %", title, lines))
     return figure(panels, columns=3)
 
@@ -390,7 +390,9 @@ def main():
         for (curve, at), points in by_curve.items():
             cells = [spread([p["average"] for p in points]), spread([p["clean rows"] for p in points])]
             cells += [f"{np.mean([p['A'] for p in points]):.2f}", f"{np.mean([p['seconds'] for p in points]):.0f}"]
-            rows.append([curve, str(at), str(len(points)), *cells, f"{np.mean([p['tokens'] for p in points]):,.0f}"])
+            rows.append(
+                [curve, str(at), str(len(points)), *cells, f"{np.mean([p['generated_tokens'] for p in points]):,.0f}"]
+            )
         head = ["curve", "K or step", "seeds", "average", "clean rows", "A", "seconds", "generated tokens"]
         lines += table(head, rows)
         write_text(out / "curves.svg", draw_curves(by_curve, curves))

@@ -102,19 +102,20 @@ else
         case "$1" in
             rft) rewrite rft self --fallback False ;;
             mtg) rewrite mtg resolve ;;
-            dart)
-                stage "mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
-                rewrite dart dart --mapper "$OUT/mapper-$MAPPER/model"
-                ;;
         esac
     }
     for arm in ${ARMS:-dft asft rft mtg rft_dft mtg_dft dart_dft rasft}; do
         case "$arm" in
             dft | asft) grid "$arm" "$DEMOS" --loss "$arm" ;;
             rft | mtg) texts "$arm"; grid "$arm" "$OUT/$arm/rewrite/train.jsonl" ;;
-            rft_dft | mtg_dft | dart_dft)
+            rft_dft | mtg_dft)
                 texts "${arm%_dft}"
                 grid "$arm" "$OUT/${arm%_dft}/rewrite/train.jsonl" --loss dft
+                ;;
+            dart_dft)  # on what the first part made, where that has run
+                stage "mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
+                rewrite "dart-$MAPPER" dart --mapper "$OUT/mapper-$MAPPER/model"
+                grid dart_dft "$OUT/dart-$MAPPER/rewrite/train.jsonl" --loss dft
                 ;;
             rasft)
                 MODELS=()

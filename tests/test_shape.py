@@ -66,6 +66,16 @@ def test_a_changed_or_renamed_copy_is_seen():
         assert seen in " ".join(twins(scripts | {"evaluate.py": scripts["evaluate.py"].replace(old, new)}))
 
 
+def test_every_default_stands_on_one_line_with_what_it_means():
+    """The help of a flag, and what runs/stages.sh compares a finished stage with, are read from that line."""
+    for name in (*SCRIPTS, "runs/toy_world.py"):
+        source = (ROOT / name).read_text()
+        tree = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Config")
+        for node in [n for n in tree.body if isinstance(n, ast.AnnAssign)]:
+            line = source.splitlines()[node.lineno - 1]
+            assert node.lineno == node.end_lineno and "  # " in line, f"{name}: {line}"
+
+
 def test_scripts_import_nothing_of_the_project_but_reward():
     modules = {
         path.stem for path in [*ROOT.glob("*.py"), *(ROOT / "runs").glob("*.py"), *(ROOT / "tests").glob("*.py")]
