@@ -2,6 +2,7 @@
 
     python runs/report.py out/toy/seed0                    # -> out/toy/seed0/report.html and report.md
     python runs/report.py out/kl out/nll --out out/both    # two runs beside each other: out/both/report.html
+    python runs/report.py out/toy/seed? --out out/toy      # several seeds: a method has one colour, a seed a line
 
 Below each RUN it finds every stage by its config.json, and shows what there is: accuracy with intervals, and against
 what it cost (an arm's seconds and tokens are those of all stages that its model came from); the mapper's reward,
@@ -17,6 +18,7 @@ import html
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,9 +30,14 @@ import reward
 from mapper_rl import check, init_distributed, load_model, read_jsonl, score, write_text, written_rows
 
 PROBLEMS = 4  # whose texts are shown
-OWN = 64  # answers of the target's own that its level is the mean of
+OWN = 64  # right answers of the base's own, by which one sees what a model has left of it
 UNLIKELY = -2.0  # nats; in Markdown, which has no shades, such tokens are bold
 INK = "#808182"  # of axes and labels in the figures; the page puts its own text colour there
+
+
+def without_seed(name: str) -> str:
+    """The name of a stage without its folder seed0, seed1, ...: what is left is one method's."""
+    return "/".join(part for part in name.split("/") if not re.fullmatch(r"seed\d+", part))
 
 
 class Stage:
@@ -42,6 +49,7 @@ class Stage:
         self.script = Path(told.get("command", [""])[0]).stem
         relative = str(folder.relative_to(run))
         self.name = "/".join(filter(None, (label, "" if relative == "." else relative)))
+        self.line = without_seed(self.name)  # as the figures call it
         self.rows = written_rows(folder / "metrics.jsonl")
 
     def series(self, name: str) -> tuple[list, list]:
@@ -102,21 +110,27 @@ def scores(stages: list[Stage]) -> list[dict]:
                 "model": told["model"],
                 **told,
                 "solve": None,
+                "own": None,
             }
             history = lineage(told["model"], at)
+            one["base"] = history[0].config["model"] if history else told["model"]
             one["seconds"] = sum(s.seconds() for s in history)
             one["tokens"] = sum(s.rows[-1].get("generated_tokens", 0) for s in history if s.rows)
             one["sampling"] = f"{stage.config['samples']} samples at temperature {stage.config['temperature']:g}"
             if history and history[0].script == "mapper_rl" and history[0].config["task"] == "solve":
-                one["solve"] = history[0].name
+                one["solve"] = history[0]
                 step = Path(told["model"]).name.removeprefix("model-")  # exported on the way
                 row = next((r for r in history[0].rows if str(r["step"]) == step.lstrip("0")), history[0].rows[-1])
                 one["seconds"] += row["elapsed"] - history[0].rows[-1]["elapsed"]
                 one["tokens"] = row["generated_tokens"]
             found.append(one)
-    names = [one["name"] for one in found]
+    longs: dict[str, list[str]] = {}
     for one in found:
-        one["name"] = one["long"] if names.count(one["name"]) > 1 else one["name"]
+        longs.setdefault(one["name"], []).append(one["long"])
+    for one in found:
+        same = longs[one["name"]]
+        one["line"] = one["name"] if len(set(map(without_seed, same))) == 1 else without_seed(one["long"])
+        one["name"] = one["long"] if len(same) > 1 else one["name"]
         if one["sampling"] != found[0]["sampling"]:  # the table's head tells of the first
             one["name"] += f" ({one['sampling']})"
     return found
@@ -130,6 +144,7 @@ def scores(stages: list[Stage]) -> list[dict]:
 def figure(panels: list[tuple[str, str, list[tuple[str, list, list]]]], columns: int = 2, legend: bool = False) -> str:
     """SVG of panels side by side: (title, name of the x axis, [(label, x, y)]); those without a point are left out.
 
+    Lines of one panel with the same label, which are a method's seeds, have one colour and one entry in the legend.
     `legend`: one for all panels, below them, instead of one in each.
     """
     import matplotlib
@@ -155,14 +170,17 @@ def figure(panels: list[tuple[str, str, list[tuple[str, list, list]]]], columns:
         rows = -(-len(panels) // columns)
         drawn, axes = plt.subplots(rows, columns, figsize=(8.8, 2.9 * rows), squeeze=False, layout="constrained")
         for axis, (title, x, lines) in zip(axes.flat, panels):
-            colors = plt.get_cmap("tab20" if len(lines) > 10 else "tab10")
+            labels = list(dict.fromkeys(label for label, _, _ in lines))
+            colors, width = plt.get_cmap("tab20" if len(labels) > 10 else "tab10"), 1.4 if len(lines) < 10 else 0.8
             for i, (label, xs, ys) in enumerate(lines):
-                axis.plot(xs, ys, ".-" if len(xs) < 25 else "-", color=colors(i % colors.N), label=label, lw=1.4, ms=6)
+                style = {"color": colors(labels.index(label) % colors.N), "lw": width, "ms": 6}
+                named = label if label not in [earlier for earlier, _, _ in lines[:i]] else None
+                axis.plot(xs, ys, ".-" if len(xs) < 25 else "-", label=named, **style)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel(x)
             axis.grid(True)
-            if not legend and len(lines) > 1:
-                axis.legend(ncols=1 + len(lines) // 7)
+            if not legend and len(labels) > 1:
+                axis.legend(ncols=1 + len(labels) // 7)
         for axis in axes.flat[len(panels) :]:
             axis.remove()
         if legend:
@@ -191,21 +209,19 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
     cost = []
     for axis, key in (("seconds", "seconds"), ("generated tokens", "tokens")):
         lines = []
-        for name in dict.fromkeys(one["solve"] for one in found):
-            if name is None:
-                lines += [
-                    (o["name"], [o[key]], [100 * o["average"]["avg@n"]["value"]]) for o in found if not o["solve"]
-                ]
+        for solver in dict.fromkeys(one["solve"] for one in found):
+            points = [(o[key], 100 * o["average"]["avg@n"]["value"], o["line"]) for o in found if o["solve"] == solver]
+            if solver is None:
+                lines += [(line, [x], [y]) for x, y, line in points]
             else:
-                points = sorted((o[key], 100 * o["average"]["avg@n"]["value"]) for o in found if o["solve"] == name)
-                lines.append((f"{name} (direct RL)", *map(list, zip(*points))))
+                lines.append((f"{solver.line} (direct RL)", *map(list, zip(*[(x, y) for x, y, _ in sorted(points)]))))
         cost.append((f"accuracy (%) against {axis}", axis, lines))
 
     def over_steps(group: list[Stage], title: str, names: dict[str, str], window: int = 3) -> list:
         """Panels of metrics (`names`: metric -> word): of one stage all in one panel, of several one panel a metric."""
         lines = {}
         for metric, word in names.items():
-            told = [(stage.name, *smooth(stage.series(metric), window)) for stage in group]
+            told = [(stage.line, *smooth(stage.series(metric), window)) for stage in group]
             if any(any(ys) for _, _, ys in told):  # a cheat that never occurs needs no line
                 lines[word] = told
         if len(group) > 1:
@@ -213,9 +229,10 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
         return [(title, "step", [(word, xs, ys) for word, [(_, xs, ys)] in lines.items()])]
 
     aligned = over_steps(mappers, "mean log-probability", {"A": "A(y)", "A_expert": "A(y°)"})
+    several = len(set(map(without_seed, levels))) > 1
     for target, level in levels.items() if aligned else ():
         last = max(stage.rows[-1]["step"] for stage in mappers if stage.config["target"] == target)
-        own = "the target's own answers" + (f" ({target})" if len(levels) > 1 else "")
+        own = "the target's own right answers" + (f" ({without_seed(target)})" if several else "")
         aligned[0][2].append((own, [1, last], [level, level]))
     cheats = {name: name.replace("_", " ") for name in (*reward.HARD, *reward.SOFT)}
     learnt = [
@@ -230,7 +247,7 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
         *over_steps(solvers, "direct RL: correct", {"correct": "correct"}),
         *over_steps(solvers, "direct RL: tokens an answer", {"tokens": "tokens"}),
     ]
-    losses = [("mean of 20 steps", "step", [(s.name, *smooth(s.series("loss"), 20)) for s in tuned])]
+    losses = [("mean of 20 steps", "step", [(s.line, *smooth(s.series("loss"), 20)) for s in tuned])]
     told = [
         (
             "Accuracy against cost",
@@ -275,26 +292,47 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
     return [{"problem": demos[i]["problem"], "texts": told} for i, told in zip(shown, texts)]
 
 
-def own_answers(target: str, found: list[dict]) -> list[tuple[str, str]]:
-    """(problem, answer) that the target sampled when it was evaluated."""
-    path = Path(target).resolve()
+def own_answers(base: str, found: list[dict]) -> list[tuple[str, str, str]]:
+    """(problem, answer, kind) of the first right answers that the base sampled when it was evaluated, one a problem."""
+    path = Path(base).resolve()
     folder = next((one["folder"] for one in found if Path(one["model"]).resolve() == path), None)
-    files = sorted(folder.glob("*.jsonl")) if folder else []
-    rows = [row for file in files for row in written_rows(file)]
-    rows = rows[:: max(1, len(rows) // OWN)][:OWN]
-    return [(r["problem"], r["completions"][0]["text"]) for r in rows if r["completions"][0]["text"].strip()]
+    answers = []
+    for row in [row for file in sorted(folder.glob("*.jsonl")) for row in written_rows(file)] if folder else []:
+        right = [c["text"] for c in row["completions"] if c["correct"] and not c["greedy"]][:1]
+        answers += [(row["problem"], text, row.get("kind", "math")) for text in right]
+    return answers[:: max(1, len(answers) // OWN)][:OWN]
+
+
+def gone(model: str) -> bool:
+    """Whether a folder was removed; a name on the hub has no folder here."""
+    return Path(model).parent.is_dir() and not Path(model).is_dir()
+
+
+def measure_own(found: list[dict], device) -> None:
+    """one["own"]: mean over `own_answers` of the mean log-probability of their tokens under the evaluated model."""
+    for base in dict.fromkeys(one["base"] for one in found):
+        answers = own_answers(base, found)
+        for one in found if answers else ():
+            exported = Path(one["model"]).name.startswith("model-")  # points of a curve, one of each would take long
+            if one["base"] == base and not exported and not gone(one["model"]):
+                tokenizer, model = reward.load_tokenizer(one["model"]), load_model(one["model"], device, train=False)
+                rows = [reward.text_ids(tokenizer, *answer) for answer in answers]
+                one["own"] = float(np.mean([logprobs.mean().item() for logprobs in score(model, rows, 8192, device)]))
 
 
 def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list[dict], list[str]]:
     """Asks every mapper's target: ({target: its own level}, problems with tokens as (text, logp), what is missing)."""
     import torch
 
-    levels, shown, missing = {}, [], []
+    shown, missing = [], []
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    measure_own(found, device)
+    own = {Path(one["model"]).resolve(): one["own"] for one in found if one["own"] is not None}
+    targets = dict.fromkeys(s.config["target"] for s in stages if s.script == "mapper_rl" and s.config["task"] == "map")
+    levels = {target: own[Path(target).resolve()] for target in targets if Path(target).resolve() in own}
     for mapper in [s for s in stages if s.script == "mapper_rl" and s.config["task"] == "map" and s.rows]:
         target = mapper.config["target"]
-        removed = Path(target).parent.is_dir() and not Path(target).is_dir()  # a name on the hub has no folder here
-        if removed or not Path(mapper.config["data"]).is_file():
+        if gone(target) or not Path(mapper.config["data"]).is_file():
             missing.append(f"texts of {mapper.name}: {target} or {mapper.config['data']} is not here")
             continue
         tokenizer, model = reward.load_tokenizer(target), load_model(target, device, train=False)
@@ -303,9 +341,6 @@ def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list
             rows = [reward.text_ids(tokenizer, x, y) for x, y in pairs]
             return [ids for _, ids in rows], score(model, rows, 8192, device)
 
-        own = own_answers(target, found)
-        if own and target not in levels:
-            levels[target] = float(np.mean([logprobs.mean().item() for logprobs in ask(own)[1]]))
         problems = rewrites(mapper, stages)
         if not problems:
             missing.append(f"texts of {mapper.name}: no rollout of the first steps has a later rewrite yet")
@@ -345,13 +380,15 @@ svg { width: 100%; height: auto; color: var(--ink) }
 
 
 def arms(found: list[dict]) -> list[list[str]]:
-    """Head and rows of the table of models: avg@n with half of its 95% interval over problems, and the costs."""
+    """Head and rows of the table of models: avg@n with half of its 95% interval over problems, what is left of the
+    base, and the costs."""
     benchmarks = list(dict.fromkeys(name for one in found for name in one["benchmarks"]))
-    rows = [["model", *benchmarks, "average", "seconds", "generated tokens"]]
+    rows = [["model", *benchmarks, "average", "base's own", "seconds", "generated tokens"]]
     for one in found:
         cells = [one["benchmarks"].get(name, {}).get("avg@n") for name in benchmarks] + [one["average"]["avg@n"]]
         told = [f"{100 * c['value']:.1f} ± {50 * (c['high'] - c['low']):.1f}" if c else "-" for c in cells]
-        rows.append([one["name"], *told, f"{one['seconds']:,.0f}", f"{one['tokens']:,}"])
+        own = "-" if one["own"] is None else f"{one['own']:.2f}"
+        rows.append([one["name"], *told, own, f"{one['seconds']:,.0f}", f"{one['tokens']:,}"])
     return rows
 
 
@@ -397,7 +434,8 @@ def page(title: str, found: list[dict], drawn: list, shown: list[dict], missing:
     return f"<!doctype html><html lang=en>{head}<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
 
 
-TABLE = "Mean over {} of each problem, in %, ± half of the 95% interval over problems."
+TABLE = "Mean over {} of each problem, in %, ± half of the 95% interval over problems. "
+TABLE += f"Base's own: mean log-probability of a token of {OWN} right answers (or as many as the base sampled)."
 TEXTS = "Each token by its log-probability under the target that is asked the plain question; the mean beside the name."
 
 

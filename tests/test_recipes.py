@@ -11,6 +11,8 @@ import subprocess
 import pytest
 from conftest import ROOT, sum_demonstrations
 
+import reward
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -130,6 +132,53 @@ def test_page_of_what_there_is(two_nodes, tmp_path):
     assert code == 2 and f"{tmp_path}/empty: no stage below" in told and "Traceback" not in told
     code, told = report(tmp_path / "nothing")
     assert code == 2 and f"{tmp_path}/nothing: no such folder" in told and "Traceback" not in told
+
+
+def test_what_is_left_of_the_base(two_nodes, world):
+    """The column of the page against a forward pass of transformers alone, on text encoded by the tokenizer alone."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [json.loads(line) for name in ("one", "two") for line in (two_nodes / f"eval/base/{name}.jsonl").open()]
+    answers = []
+    for row in rows:
+        right = [c["text"] for c in row["completions"] if c["correct"] and not c["greedy"]]
+        answers += [(row["problem"], right[0])] if right else []
+    lines = (two_nodes / "report.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    column = table[0].index("base's own")
+    told = {row[0]: row[column] for row in table if len(row) > column}
+    assert told["grpo-000001"] == "-"  # a point of a curve
+    tokenizer = AutoTokenizer.from_pretrained(world["MODEL"])
+    for name, folder in (("base", world["MODEL"]), ("dart", two_nodes / "dart/sft/model")):
+        model, means = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+        for problem, answer in answers:
+            chat = [{"role": "user", "content": reward.solve_prompt(problem)}]
+            prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer)]
+            ids[1].append(tokenizer.eos_token_id)
+            with torch.no_grad():
+                logprobs = model(torch.tensor([ids[0] + ids[1]])).logits[0, :-1].log_softmax(-1)
+            means.append(logprobs[len(ids[0]) - 1 :].gather(1, torch.tensor(ids[1])[:, None]).mean().item())
+        expected = sum(means) / len(means) if means else None
+        assert (told[name] == "-") if expected is None else abs(float(told[name]) - expected) < 0.006  # two digits
+
+
+def test_page_of_several_seeds(two_nodes, tmp_path):
+    """What only its seed tells apart has one entry in a legend and a line for each seed; tables name the seeds."""
+    drop = shutil.ignore_patterns("model*", "report*", "figure*")
+    for seed in ("seed0", "seed1"):
+        shutil.copytree(two_nodes, tmp_path / seed, ignore=drop)
+    assert report(two_nodes, "--out", tmp_path / "one")[0] == 0
+    assert report(tmp_path / "seed0", tmp_path / "seed1", "--out", tmp_path / "both")[0] == 0
+    told = (tmp_path / "both/report.md").read_text()
+    assert "| seed0/eval/dart | " in told and "| seed1/eval/dart | " in told
+    one, both = ((tmp_path / folder / "report.html").read_text() for folder in ("one", "both"))
+    losses = [re.search(r"<h2>Fine-tuning</h2>.*?</svg>", page, flags=re.DOTALL)[0] for page in (one, both)]
+    for name in ("sft", "dart/sft"):
+        assert [page.count(f">{name}</text>") for page in losses] == [1, 1]
+    drawn = [len(re.findall(r'<g id="line2d_\d+">\s*<path [^>]*clip-path', page)) for page in losses]
+    assert drawn[1] == drawn[0] + 2  # a line more for sft and for dart/sft; the grid's are as many
 
 
 @pytest.mark.skipif("SLOW" not in os.environ, reason="22 stages, several minutes; SLOW=1 bash tests/run.sh runs it too")
