@@ -3,14 +3,17 @@
     echo "torchrun --nproc-per-node=8 sft.py --model Qwen/Qwen3-0.6B --data train.jsonl --output_dir out/sft" |
         python runs/plan.py --gpus 8 --gpu_gib 80 --rows 7473     # standard input: all stages in turn, one a line
 
-Exit code 1 and a line for each moment that does not fit, with the numbers to lower. Memory was read off the code and
-compared with updates on a CPU (tests/test_plan.py), never on a GPU. Hours are the assumed throughputs and all --steps,
-without prefill, grading and loading. b: bytes of a number in the forward pass (bf16: 2; fp32, on a CPU: 4); what AdamW
-works on is fp32. weights = layers * layer + root; the root (embedding, final norm, head) stays gathered through a pass.
+Where there is no GPU it plans for this machine's CPU: a "GPU" is then a process, its memory an equal share of what is
+free. Exit code 1 and a line for each moment that does not fit, with the numbers to lower. Memory was read off the code
+and compared with updates on a CPU (tests/test_plan.py), never on a GPU. Hours are the assumed throughputs and all
+--steps, without prefill, grading and loading. b: bytes of a number in the forward pass (bf16: 2; fp32, on a CPU: 4);
+what AdamW works on is fp32. weights = layers * layer + root; the root (embedding, final norm, head) stays gathered
+through a pass.
 """
 
 import importlib
 import math
+import os
 import re
 import shlex
 import sys
@@ -35,7 +38,7 @@ LOWER = "micro_batch_tokens head_chunk gpu_memory max_length max_model_len".spli
 class Config:
     gpus: int = 1  # GPUs of a node, one process each
     nodes: int = 1  # nodes
-    gpu_gib: float = 0.0  # GiB of one GPU; 0: those of the smallest visible one
+    gpu_gib: float = 0.0  # GiB of one GPU; 0: those of the smallest visible one, or a process's share of a CPU's memory
     spare_gib: float = 2.0  # assumed: GiB beside the trainer's tensors (CUDA context, NCCL's buffers, fragmentation)
     rows: int = 0  # rows of a data file that is not there yet
     prompt_tokens: int = 120  # assumed: mean tokens of a plain question with its template
@@ -43,6 +46,11 @@ class Config:
     tflops: float = 300.0  # assumed: peak of one GPU in bf16, 10^12 operations a second
     mfu: float = 0.3  # assumed: share of that peak that training and scoring reach
     decode_tokens_per_second: float = 8000.0  # assumed: generated tokens a second and GPU
+    cpu: bool = False  # fp32 in a CPU's processes, whose engine keeps its memory; so where there is no GPU
+
+    @property
+    def b(self) -> int:
+        return 4 if self.cpu else 2
 
 
 # --- Memory of one of n GPUs, as {part: bytes} ---
@@ -93,19 +101,29 @@ def update(s, n: int, tokens: int, chunk: int, recompute: bool, b: int = 2, mode
     return {f"update ({name})": state | parts for name, parts in moments.items()}
 
 
-def asked(s, n: int, tokens: int = 0, b: int = 2) -> dict:
+def asked(s, n: int, tokens: int, b: int) -> dict:
     """A pass of a frozen model, with its root gathered: one MLP at work, the head without gradient."""
     passing = dict(activations=tokens * b * 3 * (s.intermediate + s.hidden), head=head_bytes(s, SCORE_CHUNK, b, False))
     return dict(frozen=b * s.weights / n, gathered=b * (s.root + s.layer * min(n, 2))) | passing
 
 
-def engine(s, c, m: Config, b: int = 2, passing: int = 8192, scores: bool = False) -> dict:
+def cpu_engine(s) -> dict:
+    """What vLLM holds on a CPU, where it does not sleep: weights, its own packing of the head, the cache."""
+    cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 1)) * GIB
+    return dict(engine=4 * (s.weights + s.head), kv_cache=cache)
+
+
+def engine(s, c, m: Config, passing: int = 8192, scores: bool = False) -> dict:
     """{moment: parts} of vLLM: the least it needs beside what it may not take; its share, all of which it takes."""
     # Its longest pass, estimated: `passing` tokens (start_engine's batched_tokens) with three states as wide as the MLP
     # and four hidden ones; seven fp32 copies of the logits in the sampler, for its default number of sequences; where
     # it scores, three of those of a whole pass.
+    b, passing = m.b, max(passing, c.max_model_len) if m.cpu else passing
     states = passing * b * (3 * s.intermediate + 4 * s.hidden) + scores * 3 * 4 * s.vocab * passing
-    held = b * s.weights + states + 7 * 4 * s.vocab * (1024 if m.gpu_gib >= 70 else 256)
+    working = states + 7 * 4 * s.vocab * (1024 if m.gpu_gib >= 70 and not m.cpu else 256)
+    if m.cpu:
+        return {"generate": cpu_engine(s) | dict(activations=working, spare=m.spare_gib * GIB)}
+    held = b * s.weights + working
     sequence, share = b * s.kv * c.max_model_len, c.gpu_memory * m.gpu_gib * GIB  # one of full length must fit
     least = dict(engine=held, kv_cache=sequence, withheld=m.gpu_gib * GIB - share)
     return {"engine": least, "generate": dict(engine=held, kv_cache=share - held)}
@@ -124,9 +142,10 @@ def padded(budget: int, rows: float, longest: int) -> int:
 # --- Stages: flags c, shapes and rows r of the files they name -> moments, generated and trained tokens, operations ---
 def mapper_rl(c, r, m: Config, n: int) -> tuple:
     s, maps, rollouts, spare = r.model, c.task == "map", c.groups * c.group_size, m.spare_gib * GIB
-    expert = asked(r.target, n, padded(c.micro_batch_tokens, r.data / n, c.max_model_len))
-    frozen = expert["frozen"] * maps + asked(s, n)["frozen"] * (c.beta_kl > 0)
+    expert = asked(r.target, n, padded(c.micro_batch_tokens, r.data / n, c.max_model_len), m.b)
+    frozen = expert["frozen"] * maps + asked(s, n, 0, m.b)["frozen"] * (c.beta_kl > 0)
     moments, state = engine(s, c, m), dict(weights=4 * s.weights / n, optimizer=8 * s.weights / n)
+    spared = dict(spare=spare) | (cpu_engine(s) if m.cpu else {})  # beside an update
     awake = moments["generate"]  # until the first update; a run that is resumed has its optimizer by then
     moments["load"] = awake | dict(weights=sharding(s, n, 4), spare=spare)
     moments["generate"] = awake | state | dict(frozen=frozen, buffers=(4 + 2) * s.head, spare=spare)  # sync: embedding
@@ -134,7 +153,7 @@ def mapper_rl(c, r, m: Config, n: int) -> tuple:
     tokens = padded(c.micro_batch_tokens, rollouts / n, c.max_model_len)
     row = min(c.micro_batch_tokens, c.max_model_len + (c.rollouts_per_row - 1) * c.max_tokens)
     mask = 2 * tokens * row * (c.rollouts_per_row > 1)  # which tokens of its row each token sees
-    moments |= update(s, n, tokens, c.head_chunk, c.gradient_checkpointing, frozen=frozen, mask=mask, spare=spare)
+    moments |= update(s, n, tokens, c.head_chunk, c.gradient_checkpointing, m.b, frozen=frozen, mask=mask, **spared)
     text = min(m.response_tokens, c.max_tokens)
     prompt = m.prompt_tokens + m.response_tokens * maps  # the mapper is shown the expert's solution
     length = prompt / min(c.rollouts_per_row, c.group_size) + text
@@ -161,9 +180,9 @@ def rewrite(c, r, m: Config, n: int) -> tuple:
 def sft(c, r, m: Config, n: int) -> tuple:
     s, anchored, recompute, spare = r.model, c.anchor > 0, c.gradient_checkpointing, m.spare_gib * GIB
     # the reference's root stays gathered: its head is used behind its pass
-    frozen = anchored * (asked(s, n)["frozen"] + 2 * s.root)
+    frozen = anchored * (asked(s, n, 0, m.b)["frozen"] + m.b * s.root)
     tokens = padded(c.micro_batch_tokens, c.batch_size / n, c.max_length)
-    moments = update(s, n, tokens, c.head_chunk, recompute, models=1 + anchored, frozen=frozen, spare=spare)
+    moments = update(s, n, tokens, c.head_chunk, recompute, m.b, 1 + anchored, frozen=frozen, spare=spare)
     moments["load"] = dict(weights=sharding(s, n, 4), spare=spare)
     length, steps = m.prompt_tokens + m.response_tokens, c.steps or math.ceil(c.epochs * r.data / c.batch_size)
     trained = steps * c.batch_size * length
@@ -229,19 +248,21 @@ def remedy(stage, c, r, m: Config, n: int) -> str:
         shares = sorted([i / 20 for i in range(1, 20)], key=lambda share: abs(share - getattr(c, flag)))
         values = shares if flag == "gpu_memory" else [getattr(c, flag) // 2**i or 1 for i in range(12)]
         flags[flag] = min(values, key=lambda value: lacking(flags | {flag: value}, n))
-    enough = next((n << i for i in range(11) if not lacking(flags, n << i)), 0)
+    enough = next((n << i for i in range(1 if m.cpu else 11) if not lacking(flags, n << i)), 0)
     for flag in reversed(list(flags)):
         if not lacking({k: v for k, v in flags.items() if k != flag}, enough or n):
             del flags[flag]
     told = [f"--{flag} {value}" for flag, value in flags.items()] + [f"{enough} GPUs"] * (enough > n)
-    return "take " + (" ".join(told) if enough else "larger GPUs or a smaller model")
+    return "take " + (" ".join(told) if enough else f"{'more memory' if m.cpu else 'larger GPUs'} or a smaller model")
 
 
 def main():
     m = parse_config(Config, {"(0, inf)": "gpus nodes tflops mfu decode_tokens_per_second"})
     visible = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    m.gpu_gib = m.gpu_gib or min(visible, default=0) / GIB
-    check(m.gpu_gib, "there is no GPU here: give --gpu_gib (in a recipe PLAN_GIB), the memory of one GPU in GiB")
+    m.cpu = m.cpu or not (visible or m.gpu_gib)
+    if not m.gpu_gib:
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+        m.gpu_gib = (free / m.gpus if m.cpu else min(visible)) / GIB
     n, written, misfits, totals = m.gpus * m.nodes, {}, [], [0.0] * 4
     for line in filter(str.strip, sys.stdin):
         print(f"\n{line.strip()}")
@@ -249,7 +270,8 @@ def main():
         r = read_files(c, m, written)
         moments, generated, trained, operations = stage(c, r, m, n)
         columns = list(dict.fromkeys(part for parts in moments.values() for part in parts))
-        print(f"{'GiB of a GPU':<20}" + "".join(f"{part:>12}" for part in [*columns, "sum"]))
+        head = f"GiB of a {'process' if m.cpu else 'GPU'}"
+        print(f"{head:<20}" + "".join(f"{part:>12}" for part in [*columns, "sum"]))
         for moment, parts in moments.items():
             need = sum(parts.values()) / GIB
             cells = [parts.get(part, 0) / GIB for part in columns] + [need]
@@ -257,7 +279,7 @@ def main():
             if need > m.gpu_gib:
                 told = remedy(stage, c, r, m, n)
                 misfits.append(f"{stage.__name__}, {moment}: needs {need:.1f} GiB, there are {m.gpu_gib:.1f}: {told}")
-        if "engine" in moments:
+        if "engine" in moments:  # on a GPU
             one, cache = (moments[moment]["kv_cache"] for moment in ("engine", "generate"))
             print(f"KV cache: {cache / one:.1f} sequences of max_model_len, {one / c.max_model_len:.0f} bytes a token")
         training = operations / (m.tflops * 1e12 * m.mfu * n) / 3600

@@ -305,6 +305,39 @@ def test_steps_end_with_their_time_and_rasft_trains_on_more_rows(run, base):
     assert "taken to have 256 rows" in out and hours(out)[1][2] == 4 * 64 * 300
 
 
+def parts(out: str) -> list[dict[str, dict[str, float]]]:
+    """{moment: {part: GiB}} of each stage."""
+    stages = []
+    for block in out.split("GiB of a ")[1:]:
+        head, *lines = block.splitlines()
+        rows = [re.split(r"\s{2,}", line.strip()) for line in lines if re.search(r" \d+\.\d\d$", line)]
+        columns = head.split()[1:]
+        stages.append({row[0]: dict(zip(columns, map(float, row[1:]))) for row in rows if len(row) == len(columns) + 1})
+    return stages
+
+
+def test_a_cpu_has_fp32_and_an_engine_that_stays(run, base):
+    lines = [
+        f"mapper_rl.py --model {base} --data d --output_dir out/m",
+        f"evaluate.py --models {base} --benchmarks d --output_dir e",
+    ]
+    code, out, _ = run(*lines, cpu=True, gpu_gib=60, gpus=2)
+    assert code == 0 and out.count("GiB of a process") == 2
+    held = 4 * (WEIGHTS + 155_582_464) / 2**30  # and the head, packed
+    mapper, evaluation = parts(out)
+    assert [*evaluation] == ["generate"]
+    for moment, row in (*mapper.items(), *evaluation.items()):
+        assert (row["engine"], row["kv_cache"]) == (pytest.approx(held, abs=0.006), 1.0), moment
+        assert row["sum"] == pytest.approx(sum(v for k, v in row.items() if k != "sum"), abs=0.05)
+    assert mapper["update (head)"]["frozen"] == pytest.approx(4 * WEIGHTS / 2 / 2**30, abs=0.006)  # half a target
+    # its memory is a share of what is free; where it does not suffice, more processes do not help
+    code, out, _ = run(lines[0], cpu=True, gpu_gib=0, gpus=2)
+    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1]) / 2 / 2**30
+    assert float(re.search(r"gpu_gib ([\d.]+),", out)[1]) == pytest.approx(free, rel=0.3)
+    code, out, _ = run(lines[0], cpu=True, gpu_gib=4)
+    assert code == 1 and misfit(out) == "more memory or a smaller model"
+
+
 def test_a_whole_recipe_fits(run, base):
     start = "torchrun --standalone --nproc-per-node=8 "
     lines = [

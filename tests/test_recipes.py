@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, sum_demonstrations
@@ -104,6 +105,23 @@ def test_page_in_a_browser(two_nodes):
     for page in (light, dark):  # a table, figures and text, not an empty page
         colors = page.getcolors(1 << 24)
         assert len(colors) > 200 and 0.02 < 1 - max(count for count, _ in colors) / (1000 * 3000) < 0.5
+
+
+def test_real_model_on_a_cpu(world, tmp_path):
+    """runs/real.sh, whose plan is of this machine's memory; its demonstrations are no problems of the benchmarks."""
+    few = {"DEMONSTRATIONS": "8", "PROBLEMS": "3", "STEPS": "1", "OUT": str(tmp_path)}
+    told = finish(start("real.sh", world | few))
+    assert told.count("GiB of a process") == 7 == len(re.findall("^--- ", told, flags=re.MULTILINE))
+    files = [tmp_path / "demos.jsonl", *map(Path, world["BENCHMARKS"].split())]
+    demos, *asked = ([json.loads(line)["problem"] for line in path.read_text().splitlines()] for path in files)
+    assert len(set(demos)) == 8 and not set(demos) & set(sum(asked, []))
+    for model in ("base", "expert", "untrained", "trained"):
+        benchmarks = summary(tmp_path, model)["benchmarks"]
+        assert {name: told["problems"] for name, told in benchmarks.items()} == {"one": 3, "two": 3}
+    for arm in ("untrained", "trained"):
+        assert json.loads((tmp_path / arm / "rewrite/config.json").read_text())["config"]["method"] == "dart"
+    assert "Missing" not in (tmp_path / "report.md").read_text()
+    assert finish(start("real.sh", world | few)).count("\n--- ") == 0  # started again, all is done
 
 
 def report(*arguments) -> tuple[int, str]:

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# DART on a small pretrained model with a laptop's CPU: does the mapper learn to rewrite, and what do SFT on the
+# expert's text, on the untrained mapper's rewrites and on the trained one's leave of the model? The sizes are small and
+# stand below; for a GPU there is runs/qwen3_gsm8k.sh.
+#
+#   MODEL=FOLDER PLAN=1 bash runs/real.sh                                   # memory, tokens, hours; nothing is run
+#   MODEL=FOLDER bash runs/real.sh                                          # GSM8K, made by runs/prepare.py
+#   MODEL=FOLDER TRAIN=my.jsonl BENCHMARKS="a.jsonl b.jsonl" bash runs/real.sh
+#   MODEL=FOLDER DEMONSTRATIONS=512 STEPS=128 bash runs/real.sh             # longer
+#
+# It can be stopped and started again. A stage's seconds are in OUT/STAGE/seconds, its tokens in metrics.jsonl; the page
+# of figures is OUT/report.html. One process has all cores: two would hold engine, target and head twice.
+set -euo pipefail
+export PYTHONWARNINGS=ignore OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+MODEL="${MODEL:?a folder with a pretrained model that follows instructions, or its name on the hub}"
+TRAIN="${TRAIN:-data/gsm8k_train.jsonl}"
+BENCHMARKS="${BENCHMARKS:-data/gsm8k_test.jsonl}"
+DEMONSTRATIONS="${DEMONSTRATIONS:-128}" # drawn from TRAIN
+PROBLEMS="${PROBLEMS:-200}"             # of each benchmark
+STEPS="${STEPS:-32}"                    # of the mapper
+OUT="${OUT:-out/real}" MACHINE="${MACHINE:-1x1}"
+source "$(dirname "$0")/stages.sh"
+
+ROWS="$DEMONSTRATIONS" BASE="$MODEL" DEMOS="$OUT/demos.jsonl"
+LENGTHS=(--max_tokens 400 --max_model_len 1024)
+MAPPER=(--groups 4 --group_size 8 --lr 3e-6 --warmup_steps 2 --gradient_checkpointing False --micro_batch_tokens 1024
+    --save_every 4 "${LENGTHS[@]}")
+REWRITE=(--samples 4 "${LENGTHS[@]}")
+SFT=(--lr 1e-5 --epochs 3 --batch_size 16 --warmup 0.1 --micro_batch_tokens 1024 --save_every 12)
+EVALUATE=(--samples 4 --limit "$PROBLEMS" "${LENGTHS[@]}")
+# what the plan assumes: lengths, and speeds of two cores with a model of half a billion weights
+PLAN_FLAGS=(--prompt_tokens 110 --response_tokens 180 --tflops 0.2 --mfu 0.5 --decode_tokens_per_second 100)
+
+real() {
+    for file in "$TRAIN" $BENCHMARKS; do data "$file"; done
+    if [ -z "${PLANNING:-}" ] && [ ! -f "$DEMOS" ]; then
+        .venv/bin/python runs/prepare.py "$TRAIN" --limit "$DEMONSTRATIONS" --decontaminate $BENCHMARKS --out "$DEMOS"
+    fi
+
+    # --- the mapper; DART's choice among the rewrites of the untrained and of the trained one ---
+    rewrite untrained dart
+    stage trained/mapper mapper_rl.py --task map --model "$MODEL" --data "$DEMOS" --steps "$STEPS" "${MAPPER[@]}"
+    rewrite trained dart --mapper "$OUT/trained/mapper/model"
+
+    # --- SFT on three texts of the same problems ---
+    sft expert "$DEMOS"
+    sft untrained "$OUT/untrained/rewrite/train.jsonl"
+    sft trained "$OUT/trained/rewrite/train.jsonl"
+
+    # --- evaluation ---
+    MODELS=("base=$MODEL")
+    for arm in expert untrained trained; do MODELS+=("$arm=$OUT/$arm/sft/model"); done
+    stage eval evaluate.py --models "${MODELS[@]}" --benchmarks $BENCHMARKS "${EVALUATE[@]}"
+}
+recipe real
