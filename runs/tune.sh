@@ -81,17 +81,25 @@ elif [ -z "${COMPARE:-}" ]; then
         stage "grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
         evaluate "eval/grpo-$lr" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
     done
-    # the mapper's learning rate: the one whose rewrites, as stage 2 chooses them, are the likeliest under the base
-    MAPPER=$(.venv/bin/python - "$OUT" "${RL_LRS[@]}" <<'PY'
+    # the mapper's learning rate, then its number of steps: those whose rewrites, as stage 2 chooses them, are the
+    # likeliest under the base
+    likeliest() {
+        .venv/bin/python - "$OUT" "$@" <<'PY'
 import json, sys
 from pathlib import Path
-def chosen(lr):
-    return json.loads(Path(sys.argv[1], f"dart-{lr}/rewrite/metrics.jsonl").read_text().splitlines()[-1])["align"]
+def chosen(name):
+    return json.loads(Path(sys.argv[1], name, "rewrite/metrics.jsonl").read_text().splitlines()[-1])["align"]
 print(max(sys.argv[2:], key=chosen))
 PY
-    )
-    echo "the mapper's learning rate: $MAPPER"
-    grid dart "$OUT/dart-$MAPPER/rewrite/train.jsonl"
+    }
+    MAPPER=$(likeliest "${RL_LRS[@]/#/dart-}") && MAPPER="${MAPPER#dart-}"
+    stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 "${RL[@]}"
+    for steps in 120 180 240; do
+        rewrite "dart-$MAPPER-$steps" dart --mapper "$OUT/mapper-$MAPPER-long/model-000$steps"
+    done
+    MAPPER=$(likeliest "dart-$MAPPER" "dart-$MAPPER"-{120,180,240})
+    echo "the mapper's learning rate and steps (60, if none are named): $MAPPER"
+    grid dart "$OUT/$MAPPER/rewrite/train.jsonl"
     rewrite prompted map
     grid prompted "$OUT/prompted/rewrite/train.jsonl"
 else
