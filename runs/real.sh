@@ -34,7 +34,8 @@ PLAN_FLAGS=(--prompt_tokens 110 --response_tokens 180 --tflops 0.2 --mfu 0.5 --d
 real() {
     for file in "$TRAIN" $BENCHMARKS; do data "$file"; done
     if [ -z "${PLANNING:-}" ] && [ ! -f "$DEMOS" ]; then
-        .venv/bin/python runs/prepare.py "$TRAIN" --limit "$DEMONSTRATIONS" --decontaminate $BENCHMARKS --out "$DEMOS"
+        .venv/bin/python runs/prepare.py "$TRAIN" --problem problem --solution solution --answer answer \
+            --limit "$DEMONSTRATIONS" --decontaminate $BENCHMARKS --out "$DEMOS"
     fi
 
     # --- the mapper; DART's choice among the rewrites of the untrained and of the trained one ---
