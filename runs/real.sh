@@ -23,7 +23,7 @@ source "$(dirname "$0")/stages.sh"
 
 ROWS="$DEMONSTRATIONS" BASE="$MODEL" DEMOS="$OUT/demos.jsonl"
 LENGTHS=(--max_tokens 400 --max_model_len 1024)
-MAPPER=(--groups 4 --group_size 8 --lr 3e-6 --warmup_steps 2 --gradient_checkpointing False --micro_batch_tokens 1024
+MAPPER=(--groups 4 --group_size 8 --lr 3e-6 --warmup_steps 2 --gradient_checkpointing True --micro_batch_tokens 1024
     --save_every 4 "${LENGTHS[@]}")
 REWRITE=(--samples 4 "${LENGTHS[@]}")
 SFT=(--lr 1e-5 --epochs 3 --batch_size 16 --warmup 0.1 --micro_batch_tokens 1024 --save_every 12)
