@@ -51,7 +51,8 @@ data() {
 # rows FILE: number of rows of a data set that is there, else ROWS. Ask after `data`: a second start must count the same.
 rows() { if [ -f "$1" ]; then wc -l <"$1"; else echo "$ROWS"; fi; }
 # recipe FUNCTION: goes through it twice. First every stage's command line is sent to runs/plan.py, which ends the run if
-# a stage does not fit the GPUs (PLAN_GIB: GiB of one that is not here); then, unless PLAN is set, the stages are run.
+# a stage does not fit the GPUs (PLAN_GIB: GiB of one that is not here; without either, this machine's memory); then,
+# unless PLAN is set, the stages are run.
 recipe() {
     PLANNING=1 "$1" | .venv/bin/python runs/plan.py --gpus "$PROCESSES" --nodes "$NODES" --rows "$ROWS" \
         ${PLAN_GIB:+--gpu_gib "$PLAN_GIB"} "${PLAN_FLAGS[@]}"

@@ -160,8 +160,7 @@ def curve_points(seed: Path) -> list[dict]:
     steps = {row["step"]: row for row in metrics(seed / "dart/mapper")}
     last = max(steps)
     start = int((seed / "dart/mapper/seconds").read_text()) - steps[last]["elapsed"]  # of processes and engine
-    places = {f"{mapper}-{k}": f"curves/{mapper}-{k}" for mapper in ("untrained", "trained") for k in (1, 2, 4, 16)}
-    places |= {f"step-{k}": f"curves/step-{k}" for k in (10, 20, 40)}
+    places = {path.name: f"curves/{path.name}" for path in (seed / "curves").iterdir()}
     places |= {"untrained-8": "prompted_dart", "trained-8": "dart", "step-0": "prompted_dart"}
     places |= {f"step-{last}": "dart"}
     points = []
@@ -290,7 +289,7 @@ def draw_curves(by_curve: dict, grpo: list[dict]) -> str:
         lines = [("DART, mapper's steps", *line("step", x, "average", 100))]
         for seed in dict.fromkeys(point["seed"] for point in grpo):
             own = [point for point in grpo if point["seed"] == seed]
-            lines.append((f"direct GRPO, {seed}", [p[x] for p in own], [100 * p["average"] for p in own]))
+            lines.append(("direct GRPO", [p[x] for p in own], [100 * p["average"] for p in own]))
         panels.append(("accuracy, %", title, lines))
     return figure(panels, columns=3)
 

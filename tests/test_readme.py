@@ -267,6 +267,18 @@ def wrong_cells(text: str) -> list[str]:
     return faults
 
 
+def wrong_orders(text: str) -> list[str]:
+    """Rows of the table of differences on a results page that results/toy.json does not have."""
+    arms, faults = json.loads(page("results/toy.json"))["arms"], []
+    rows = re.findall(r"\| (\w+) \| (\w+) \| ([^|]*) \| ([^|]*), p [\d.]+ \|", text)
+    for a, b, seeds, mean in rows:
+        one, two = arms[a]["average"], arms[b]["average"]
+        by_seed = [100 * (x - y) for x, y in zip(one, two)]
+        if not (prints(seeds, by_seed, ", ") and prints(mean, difference(one, two))):
+            faults.append(f"{a} - {b}: {seeds}; {mean}, not {by_seed}; {difference(one, two)}")
+    return faults if rows else ["no rows"]
+
+
 def numbers(text: str) -> list[str]:
     """Numbers without signs; those that belong together, as 1.1 ± 6.6 or 20 to 24 do, together."""
     return re.findall(rf"{NUMBER}(?: (?:±|to|of) [+-]?{NUMBER})*", text)
@@ -348,6 +360,10 @@ def test_table_of_arms():
     assert wrong_cells(page("README.md")) == []
 
 
+def test_orders_of_arms():
+    assert wrong_orders(page("results/toy.md")) == []
+
+
 def test_numbers_have_a_source():
     assert unsourced_numbers(page("README.md")) == []
 
@@ -383,6 +399,8 @@ SPOILT = [
     (wrong_cells, "README.md", "| 69.8 ± 24.2 |", "| 69.9 ± 24.2 |"),
     (wrong_cells, "README.md", "+23.5 ± 20.9", "+23.5 ± 20.8"),
     (wrong_cells, "README.md", "(`prompted`) |", "(`prompting`) |"),
+    (wrong_orders, "results/toy.md", "+6.6, +22.4, +4.8, +11.3, -9.1 |", "+6.6, +22.4, +4.8, +11.3, -9.2 |"),
+    (wrong_orders, "results/toy.md", "| +7.2 ± 14.1,", "| +7.2 ± 1.1,"),
     (unsourced_numbers, "README.md", "+37.5 ± 15.6", "+37.9 ± 15.6"),
     (unsourced_numbers, "README.md", "17 minutes", "97 minutes"),
     (unsourced_numbers, "README.md", "-1.49", "-1.48"),
