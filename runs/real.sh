@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# DART on a small pretrained model with a laptop's CPU: does the mapper learn to rewrite, and what do SFT on the
-# expert's text, on the untrained mapper's rewrites and on the trained one's leave of the model? The sizes are small and
-# stand below; for a GPU there is runs/qwen3_gsm8k.sh.
+# DART on a small pretrained model, on a laptop's CPU or on one GPU: does the mapper learn to rewrite, and what do SFT on
+# the expert's text, on the untrained mapper's rewrites and on the trained one's leave of the model? The sizes stand below.
 #
 #   MODEL=FOLDER PLAN=1 bash runs/real.sh                                   # memory, tokens, hours; nothing is run
 #   MODEL=FOLDER bash runs/real.sh                                          # GSM8K, made by runs/prepare.py
@@ -9,33 +8,43 @@
 #   MODEL=FOLDER DEMONSTRATIONS=512 STEPS=128 bash runs/real.sh             # longer
 #
 # It can be stopped and started again. A stage's seconds are in OUT/STAGE/seconds, its tokens in metrics.jsonl; the page
-# of figures is OUT/report.html. One process has all cores: two would hold engine, target and head twice.
+# of figures is OUT/report.html. On a CPU one process has all cores: two would hold engine, target and head twice.
 set -euo pipefail
 export PYTHONWARNINGS=ignore OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 MODEL="${MODEL:?a folder with a pretrained model that follows instructions, or its name on the hub}"
 TRAIN="${TRAIN:-data/gsm8k_train.jsonl}"
 BENCHMARKS="${BENCHMARKS:-data/gsm8k_test.jsonl}"
-DEMONSTRATIONS="${DEMONSTRATIONS:-128}" # drawn from TRAIN
-PROBLEMS="${PROBLEMS:-200}"             # of each benchmark
-STEPS="${STEPS:-32}"                    # of the mapper
 OUT="${OUT:-out/real}" MACHINE="${MACHINE:-1x1}"
 source "$(dirname "$0")/stages.sh"
 
-ROWS="$DEMONSTRATIONS" BASE="$MODEL" DEMOS="$OUT/demos.jsonl"
+# Sizes. The plan's speeds, assumed: two cores with a model of half a billion weights; a GPU of the H100 class with it
+if [ "$GPUS" = 0 ]; then
+    demonstrations=128 problems=200 steps=32 groups=4 tokens=1024 save=4
+    PLAN_FLAGS=(--tflops 0.2 --mfu 0.5 --decode_tokens_per_second 100)
+else
+    demonstrations=1024 problems=500 steps=40 groups=32 tokens=16384 save=20
+    PLAN_FLAGS=(--tflops 400 --mfu 0.3 --decode_tokens_per_second 10000)
+fi
+ROWS="${DEMONSTRATIONS:-$demonstrations}"    # drawn from TRAIN
+PROBLEMS="${PROBLEMS:-$problems}"            # of each benchmark
+STEPS="${STEPS:-$steps}"                     # of the mapper, with 8 rewrites each of `groups` demonstrations
+LR="${LR:-3e-6}"                             # of the mapper
+PLAN_FLAGS+=(--prompt_tokens 110 --response_tokens 180)
+
+BASE="$MODEL" DEMOS="$OUT/demos.jsonl"
 LENGTHS=(--max_tokens 400 --max_model_len 1024)
-MAPPER=(--groups 4 --group_size 8 --lr 3e-6 --warmup_steps 2 --gradient_checkpointing True --micro_batch_tokens 1024
-    --save_every 4 "${LENGTHS[@]}")
+MAPPER=(--groups "$groups" --group_size 8 --lr "$LR" --warmup_steps 2 --gradient_checkpointing True
+    --micro_batch_tokens "$tokens" --save_every "$save" "${LENGTHS[@]}")
 REWRITE=(--samples 4 "${LENGTHS[@]}")
-SFT=(--lr 1e-5 --epochs 3 --batch_size 16 --warmup 0.1 --micro_batch_tokens 1024 --save_every 12)
+SFT=(--lr 1e-5 --epochs 3 --batch_size 16 --warmup 0.1 --micro_batch_tokens "$tokens"
+    --save_every $((5 * save)))
 EVALUATE=(--samples 4 --limit "$PROBLEMS" "${LENGTHS[@]}")
-# what the plan assumes: lengths, and speeds of two cores with a model of half a billion weights
-PLAN_FLAGS=(--prompt_tokens 110 --response_tokens 180 --tflops 0.2 --mfu 0.5 --decode_tokens_per_second 100)
 
 real() {
     for file in "$TRAIN" $BENCHMARKS; do data "$file"; done
     if [ -z "${PLANNING:-}" ] && [ ! -f "$DEMOS" ]; then
         .venv/bin/python runs/prepare.py "$TRAIN" --problem problem --solution solution --answer answer \
-            --limit "$DEMONSTRATIONS" --decontaminate $BENCHMARKS --out "$DEMOS"
+            --limit "$ROWS" --decontaminate $BENCHMARKS --out "$DEMOS"
     fi
 
     # --- the mapper; DART's choice among the rewrites of the untrained and of the trained one ---
