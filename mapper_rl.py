@@ -89,8 +89,8 @@ class Config:
     max_tokens: int = 1024  # longest response; what does not end by itself earns nothing
     max_model_len: int = 3072  # longest prompt and response together, in tokens
     # --- reward ---
-    align: str = "nll"  # nll: gain in mean log-probability; group: over the group's own clean ones; kl: see reward.py
-    tau: float = 0.0  # nll: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
+    align: str = "nll"  # nll: gain in mean log-probability; gain: a copy earns 0; group, kl: see `add_rewards`
+    tau: float = 0.0  # nll, gain: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
     kl_beta: float = 0.5  # slope of the kl alignment
     gate: bool = True  # map: what fails the gate earns no alignment; False: all but hard cheats earn it, right or not
     min_fidelity: float = 0.8  # map: share of the expert's intermediate results that must be kept, in order; 0: off
@@ -124,7 +124,8 @@ class Config:
 
     def __post_init__(self):
         check(self.task in ("map", "solve"), f"--task must be map or solve, got {self.task!r}")
-        check(self.align in ("nll", "group", "kl"), f"--align must be nll, group or kl, got {self.align!r}")
+        known = ("nll", "gain", "group", "kl")
+        check(self.align in known, f"--align must be one of {', '.join(known)}, got {self.align!r}")
         # D compares M's log-probabilities, which are at the sampling temperature, with π's, which are at 1
         same = self.align != "kl" or self.temperature == 1
         check(same, f"--align kl compares distributions at temperature 1: not with --temperature {self.temperature}")
@@ -409,7 +410,8 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
         level, unit = r["parts"]["A_expert"], tau
         if config.align == "group":  # as arXiv 2602.11220 measures it: a gain over the expert's may saturate
             level, unit = (f(clean.get(r["row"], [0.0])) for f in (np.mean, np.std))
-        r["parts"]["align"] = reward.align_nll(r["parts"]["A"], level, max(unit, 1e-3))
+        measure = reward.align_gain if config.align == "gain" else reward.align_nll
+        r["parts"]["align"] = measure(r["parts"]["A"], level, max(unit, 1e-3))
     for r in rollouts:
         align = r["parts"].get("align", 0.0)
         earns = r["parts"] if config.gate else r["parts"] | {"clean": 1 - r["parts"]["cheating"]}

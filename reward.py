@@ -1884,6 +1884,14 @@ def align_nll(A: float, A_expert: float, tau: float) -> float:
     return 0.5 + 0.5 * math.tanh((A - A_expert) / (2 * tau))  # sigmoid(z) = 1/2 + 1/2 tanh(z/2), never overflows
 
 
+def align_gain(A: float, A_expert: float, tau: float) -> float:
+    """max(0, 2 sigmoid((A(y|x) - A(y°|x)) / tau) - 1), in [0, 1): as `align_nll`, but a copy of the expert's text gains
+    nothing and earns nothing. By `align_nll` it earns 0.5 without a risk, which a real mapper finds (results/real.md).
+
+    Source: ours."""
+    return max(0.0, math.tanh((A - A_expert) / (2 * tau)))
+
+
 def align_kl(mapper_logprobs: typing.Sequence[float], target_logprobs: typing.Sequence[float], beta: float) -> float:
     """1 - beta * clip(D, 0, 2), D = mean_t clip(log M(y_t|p,y_<t) - log pi(y_t|c,y_<t), -5, 5): one sample of
     KL(M || pi), the mapper's own entropy included. Both: (T,) log-probabilities in nats of the rewrite's T >= 1 tokens

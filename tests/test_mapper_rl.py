@@ -378,7 +378,7 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
     target = mapper_rl.load_model(tiny_model, device, train=False)
     rows = [row | {"kind": "math"} for row in sum_demonstrations(1)]
     [row] = mapper_rl.prepare(rows, tokenizer, make_config(max_tokens=50, max_model_len=300), 0)
-    row["expert_align"] = -1.5
+    row["expert_align"] = -7.0  # below A, so that there is a gain
     a, b, c = row["problem"][4], row["problem"][10], row["answer"]
     texts = [f"{a}+{b}={c}. \\boxed{{{c}}}", f"{a}+{b}={c}0. \\boxed{{{c}}}", f"{a}+{b}={c}. So it is {c}."]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -400,7 +400,7 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
         scores = [logp[len(asked) + t - 1, token].item() for t, token in enumerate(first["ids"])]
         A = sum(scores) / len(scores)
         if align == "nll":
-            expected = 1 / (1 + math.exp(-(A + 1.5) / 0.8))
+            expected = 1 / (1 + math.exp(-(A + 7) / 0.8))
         else:
             gaps = [max(-5, min(5, -0.5 - s)) for s in scores]
             expected = 1 - 0.5 * max(0, min(2, sum(gaps) / len(gaps)))
