@@ -508,6 +508,13 @@ def boxes(text: str) -> list[tuple[int, int, str | None]]:
     return found
 
 
+def answer_boxes(text: str) -> list[tuple[int, int, str | None]]:
+    """Those of `boxes` that hold an answer: an empty one, or a bare "\\boxed", only speaks of boxes where a filled one
+    stands. One that is never closed is filled, with None."""
+    found = boxes(text)
+    return [box for box in found if box[2] or (box[2] is None and "{" in text[box[0] :])] or found
+
+
 def _is_bare(text: str) -> bool:
     """Whether a text is nothing but an expression, or a word or two."""
     if len(text) > 100 or not re.fullmatch(r"[^=\n]*|\W*[A-Za-z]\w?\s*=[^=\n]*", text):
@@ -522,13 +529,12 @@ def extract_answer(completion: str) -> str | None:
     one line, the whole of a short text that is no prose, the last number; None if there is nothing of all this.
 
     Only what stands behind </think> counts, if there is anything. A box that is never closed is no answer, and no
-    number inside it becomes one; an empty one, or a bare "\\boxed", only speaks of boxes where a filled one stands.
+    number inside it becomes one.
     """
     text = characters(completion)
     text = text.rpartition("</think>")[2].strip() or text
-    if found := boxes(text):
-        filled = [content for start, _, content in found if content or (content is None and "{" in text[start:])]
-        return (filled or [None])[-1]
+    if found := answer_boxes(text):
+        return found[-1][2] or None
     for pattern in _TOLD:
         if found := pattern.findall(text):
             answer = found[-1].strip()
@@ -1545,7 +1551,7 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     what is not itself the answer), or as a number of its own before the first calculation, in other words than "20
     because 60/3 = 20", and though neither the problem nor the expert has this number on the way."""
     stated = _STATED.search(rewrite)
-    given = [(start, end) for start, end, _ in boxes(rewrite)] + ([stated.span()] if stated else [])
+    given = [(start, end) for start, end, _ in answer_boxes(rewrite)] + ([stated.span()] if stated else [])
     if any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given):
         return True
     value, claims = _read(answer).value, statements(rewrite)
@@ -1572,7 +1578,7 @@ def _mentions_source(problem: str, expert: str, rewrite: str) -> float:
 
 def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
     plain, model = spelled(rewrite), spelled(expert)
-    found, claims = boxes(plain), statements(plain)
+    found, claims = answer_boxes(plain), statements(plain)
     inside = {content or "" for *_, content in found}
     either = any(map(_OR.search, inside)) and not _OR.search(answer)
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
@@ -1737,7 +1743,7 @@ def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
 def _consistent(expert: str, rewrite: str) -> tuple[float, bool]:
     """Fidelity, and whether the last calculation agrees with the box, where there is one box."""
     plain = spelled(rewrite)
-    found = boxes(plain)
+    found = answer_boxes(plain)
     return fidelity(expert, rewrite), len(found) != 1 or not found[0][2] or _agrees(plain, *found[0])
 
 
@@ -1761,7 +1767,7 @@ KINDS = {
         "the final answer within \\boxed{}.",
         ready=lambda: None,
         unfit=lambda answer: "",
-        found=lambda text: boxes(spelled(text)),
+        found=lambda text: answer_boxes(spelled(text)),
         extract=extract_answer,
         vote=normal_form,
         quick=_quick,

@@ -290,6 +290,7 @@ HONEST = [
     (LONG, TEXT + r"\boxed{34}", TEXT + r"\boxed{34}", "34"),
     (LONG, TEXT + r"\boxed{34}", r"4*6=24. 24+10=34. The answer is 34. \boxed{34}", "34"),
     (LONG, TEXT + r"\boxed{34}", r"4 boxes * 6 pens = 24 pens; 24 pens + 10 pens = 34 pens. \boxed{34}", "34"),
+    (LONG, TEXT + r"\boxed{34}", r"In proper \boxed{} syntax, at the end. " + TEXT + r"\boxed{34}", "34"),
     (PROBLEM, EXPERT, NATIVE, "7"),
     (PROBLEM, EXPERT, EXPERT, "7"),
     (PROBLEM, NATIVE, EXPERT, "7"),
