@@ -264,7 +264,7 @@ _TOKEN = re.compile(
         rf"(?P<{name}>{pattern})"
         for name, pattern in dict(
             skip=r"[^\S\n]+|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
-            stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|,(?![0-9]{3})|\\to(?![a-z])|=>",
+            stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
             number=_NUMBER,
             words=_IN_WORDS,
             percent=r"\\?%|per\s?cent(?!\w)",
@@ -276,7 +276,8 @@ _TOKEN = re.compile(
             open=r"[({]",
             close=r"[)}]",
             function=r"\\(?:frac|binom|Gamma)(?![A-Za-z])",
-            word=r"[^\W\d_]{2,}|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w)))",
+            word=r"[^\W\d_]{2,}(?:['’][a-z]{1,2}(?!\w))?"
+            r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w)))",
             other=r"\\[A-Za-z]+|.",
         ).items()
     ),
@@ -1234,6 +1235,9 @@ _NO_THING = _NO_UNIT | set(  # words behind a number that are not what is counte
     "times more less fewer greater of am pm cent cents because since so then thus hence when with which as but that we"
     " he she it they the a an who his her their its this these".split()
 )
+_AMOUNTS = frozenset(  # behind whose "of" no share is taken
+    "total sum cost amount volume area perimeter length width height weight distance price value profit speed".split()
+)
 _THINGS = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, cups of tea, miles per hour
 _COUNTED = re.compile(  # not the km of "= 90 km = 90,000 m"
     rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_THINGS}(?=[=~])"
@@ -1280,7 +1284,7 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
         if i in left_out:
             continue
         before = "".join(t.kind for t in kept[-4:])
-        if token.text == "of" and kept and kept[-1].text.lower() in ("total", "sum", "cost", "amount"):
+        if token.text == "of" and kept and kept[-1].text.lower() in _AMOUNTS:
             token = token._replace(text="total of")
         elif token.text == "of" and re.search("(?<!=n)%$|(?<!=)n/n$", before):
             token = token._replace(kind="*")
@@ -1328,6 +1332,9 @@ def _holds(left, right, side: list[Token], divides: bool, near: bool) -> bool:
     return bool(left == right or rounded or cut or (near and abs(left - right) <= abs(left) * Fraction(1, 20)))
 
 
+_OPERATION = re.compile(r".[-+*/^!f]|n\(")  # of two numbers, or 6(2)
+
+
 def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
     """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label)."""
     found, left, first, divides = [], [], [], False
@@ -1341,7 +1348,7 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
             if not held and carried and side[0].value in left:
                 left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
             found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
-        elif side[0].kind == "f" or "frac" in side[0].text or any(t.kind in "+-*/^!f" for t in side[1:]):
+        elif side[0].kind == "f" or "frac" in side[0].text or _OPERATION.search("".join(t.kind for t in side)):
             left, first = values, side  # more than a number with its sign
             divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
@@ -1369,6 +1376,8 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
         return False
     touches = beside.end == side[0].start if left else beside.start == side[-1].end
+    if touches and not left:  # 21cm, not 5x
+        return len(beside.text) > 1 and beside.text.lower() in _UNITS
     return not touches and (beside.kind == "w" or beside.text in "(){}<>|")
 
 

@@ -196,6 +196,9 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
         ("10/3 \\approx 4", [(Fraction(10, 3), 4)]),
         ("6+8=2(7)", [(14, 14)]),
         ("12 x 1 and 1/4 = 15, 25 / 1/3 = 75", [(15, 15), (75, 75)]),
+        ("It's 12cm+9cm = 21cm, and that's 6*5 = 30 in all", [(21, 21), (30, 30)]),
+        ("a volume of 2*2*8=32 cubic meters", [(32, 32)]),
+        ("Cows:44(.50)=22\nTotal:22+12=35$", [(22, 22), (34, 35)]),
         # no statement of its own
         ("2 hours + 30 minutes = 150 minutes", []),
         ("1.5 * 60 = 90 km = 90,000 m", [(90, 90)]),
