@@ -89,8 +89,8 @@ class Config:
     max_tokens: int = 1024  # longest response; what does not end by itself earns nothing
     max_model_len: int = 3072  # longest prompt and response together, in tokens
     # --- reward ---
-    align: str = "nll"  # nll: gain in mean log-probability; gain: a copy earns 0; group, kl: see `add_rewards`
-    tau: float = 0.0  # nll, gain: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
+    align: str = "gain"  # in log-probability over y°; nll: the same, but a copy earns 0.5; group, kl: see `add_rewards`
+    tau: float = 0.0  # gain, nll: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
     kl_beta: float = 0.5  # slope of the kl alignment
     gate: bool = True  # map: what fails the gate earns no alignment; False: all but hard cheats earn it, right or not
     min_fidelity: float = 0.8  # map: share of the expert's intermediate results that must be kept, in order; 0: off
@@ -124,7 +124,7 @@ class Config:
 
     def __post_init__(self):
         check(self.task in ("map", "solve"), f"--task must be map or solve, got {self.task!r}")
-        known = ("nll", "gain", "group", "kl")
+        known = ("gain", "nll", "group", "kl")
         check(self.align in known, f"--align must be one of {', '.join(known)}, got {self.align!r}")
         # D compares M's log-probabilities, which are at the sampling temperature, with π's, which are at 1
         same = self.align != "kl" or self.temperature == 1

@@ -5,10 +5,10 @@
 
 Where there is no GPU it plans for this machine's CPU: a "GPU" is then a process, its memory an equal share of what is
 free. Exit code 1 and a line for each moment that does not fit, with the numbers to lower. Memory was read off the code
-and compared with updates on a CPU (tests/test_plan.py), never on a GPU. Hours are the assumed throughputs and all
---steps, without prefill, grading and loading. b: bytes of a number in the forward pass (bf16: 2; fp32, on a CPU: 4);
-what AdamW works on is fp32. weights = layers * layer + root; the root (embedding, final norm, head) stays gathered
-through a pass.
+and compared with updates on a CPU (tests/test_plan.py) and on one H100 (results/real.md). Hours are the assumed
+throughputs and all --steps, without prefill, grading and loading. b: bytes of a number in the forward pass (bf16: 2;
+fp32, on a CPU: 4); what AdamW works on is fp32. weights = layers * layer + root; the root (embedding, final norm, head)
+stays gathered through a pass.
 """
 
 import importlib

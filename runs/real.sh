@@ -17,18 +17,18 @@ BENCHMARKS="${BENCHMARKS:-data/gsm8k_test.jsonl}"
 OUT="${OUT:-out/real}" MACHINE="${MACHINE:-1x1}"
 source "$(dirname "$0")/stages.sh"
 
-# Sizes. The plan's speeds, assumed: two cores with a model of half a billion weights; a GPU of the H100 class with it
+# Sizes, and speeds for the plan, of half a billion weights: on two cores; on an H100, measured (results/real.md)
 if [ "$GPUS" = 0 ]; then
     demonstrations=128 problems=200 steps=32 groups=4 tokens=1024 save=4
     PLAN_FLAGS=(--tflops 0.2 --mfu 0.5 --decode_tokens_per_second 100)
 else
     demonstrations=1024 problems=500 steps=40 groups=32 tokens=16384 save=20
-    PLAN_FLAGS=(--tflops 400 --mfu 0.3 --decode_tokens_per_second 10000)
+    PLAN_FLAGS=(--tflops 784 --mfu 0.1 --decode_tokens_per_second 13000)
 fi
 ROWS="${DEMONSTRATIONS:-$demonstrations}"    # drawn from TRAIN
 PROBLEMS="${PROBLEMS:-$problems}"            # of each benchmark
 STEPS="${STEPS:-$steps}"                     # of the mapper, with 8 rewrites each of `groups` demonstrations
-LR="${LR:-3e-6}"                             # of the mapper
+LR="${LR:-5e-6}"                             # of the mapper
 PLAN_FLAGS+=(--prompt_tokens 110 --response_tokens 180)
 
 BASE="$MODEL" DEMOS="$OUT/demos.jsonl"

@@ -237,7 +237,7 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
     cheats = {name: name.replace("_", " ") for name in (*reward.HARD, *reward.SOFT)}
     learnt = [
         *over_steps(mappers, "reward", {"reward": "reward", "align": "align"}),
-        *over_steps(mappers, "rates", {"gate": "gate", "clean": "clean", "correct": "correct"}),
+        *over_steps(mappers, "rates", {"gate": "gate", "clean": "clean", "correct": "correct", "copy": "copied"}),
         *aligned,
         *over_steps(mappers, "length / expert's length", {"length_ratio": "length"}),
         *over_steps(mappers, "cheats", cheats),
@@ -280,7 +280,8 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
     for row in written_rows(mapper.folder / "rollouts.jsonl"):
         if row["step"] <= 5:
             first.setdefault(row["id"], row["text"])
-        last[row["id"]] = row["text"]
+        else:  # of a run of one epoch no problem comes again: the rewriting stage has them all
+            last[row["id"]] = row["text"]
     demos = {r["id"]: r for r in read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
     mine = (mapper.folder / "model").resolve()
     for stage in stages:

@@ -121,10 +121,9 @@ else
                 grid "$arm" "$OUT/${arm%_dft}/rewrite/train.jsonl" --loss dft
                 ;;
             dart_dft)  # on what the first part made, where that has run
-                stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 \
-                    "${RL[@]}"
-                rewrite "dart-$MAPPER-120" dart --mapper "$OUT/mapper-$MAPPER-long/model-000120"
-                grid dart_dft "$OUT/dart-$MAPPER-120/rewrite/train.jsonl" --loss dft
+                stage "mapper-$MAPPER" mapper_rl.py --task map --lr "$MAPPER" --steps 60 "${RL[@]}"
+                rewrite "dart-$MAPPER" dart --mapper "$OUT/mapper-$MAPPER/model"
+                grid dart_dft "$OUT/dart-$MAPPER/rewrite/train.jsonl" --loss dft
                 ;;
             rasft)
                 MODELS=()

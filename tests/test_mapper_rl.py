@@ -382,8 +382,8 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
     a, b, c = row["problem"][4], row["problem"][10], row["answer"]
     texts = [f"{a}+{b}={c}. \\boxed{{{c}}}", f"{a}+{b}={c}0. \\boxed{{{c}}}", f"{a}+{b}={c}. So it is {c}."]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    for align in ("nll", "kl"):
-        config = make_config(align=align, temperature=0.5 if align == "nll" else 1.0, hard_weight=0.7)
+    for align in ("gain", "nll", "kl"):
+        config = make_config(align=align, temperature=1.0 if align == "kl" else 0.5, hard_weight=0.7)
         rollouts = []
         for text in texts:
             ids = reward.response_ids(tokenizer, text)
@@ -399,8 +399,9 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
             logp = model(torch.tensor([asked + first["ids"]])).logits[0].log_softmax(-1)
         scores = [logp[len(asked) + t - 1, token].item() for t, token in enumerate(first["ids"])]
         A = sum(scores) / len(scores)
-        if align == "nll":
+        if align != "kl":
             expected = 1 / (1 + math.exp(-(A + 7) / 0.8))
+            expected = 2 * expected - 1 if align == "gain" else expected
         else:
             gaps = [max(-5, min(5, -0.5 - s)) for s in scores]
             expected = 1 - 0.5 * max(0, min(2, sum(gaps) / len(gaps)))
@@ -679,7 +680,7 @@ BAD = [  # flags, rows of the data, what the line names
     ({"max_model_len": 4096}, GOOD, ["--max_model_len 4096", "512"]),
     ({"max_model_len": 40}, GOOD, ["data.jsonl", "no prompt fits"]),
     ({"task": "dance"}, GOOD, ["--task", "map", "solve", "dance"]),
-    ({"align": "kll"}, GOOD, ["--align", "nll", "kll"]),
+    ({"align": "kll"}, GOOD, ["--align", "gain", "kll"]),
     ({"hard_cheats": "hedged"}, GOOD, None),  # a good one: the next is not refused for its flag
     ({"hard_cheats": "hedgehog"}, GOOD, ["--hard_cheats", "hedged", "hedgehog"]),
     ({"step": 7}, GOOD, ["--step 7"]),

@@ -430,6 +430,8 @@ def test_alignments():
     assert reward.align_nll(-1.0, -1.0, 0.5) == 0.5
     assert reward.align_nll(-1.0, -2.0, 0.5) == pytest.approx(0.8807970779778823)  # sigmoid(2)
     assert reward.align_nll(-3000.0, -1.0, 0.5) == pytest.approx(0.0)
+    assert reward.align_gain(-1.0, -2.0, 0.5) == pytest.approx(2 * 0.8807970779778823 - 1)
+    assert reward.align_gain(-1.0, -1.0, 0.5) == reward.align_gain(-3.0, -1.0, 0.5) == 0  # a copy; what is less likely
     assert reward.align_kl([-1.0, -1.0], [-1.5, -2.0], 0.5) == pytest.approx(1 - 0.5 * 0.75)
     assert reward.align_kl([-2.0, -2.0], [-1.0, -1.0], 0.5) == 1.0  # clipped below at 0
     assert reward.align_kl([0.0] * 10, [-100.0] + [0.0] * 9, 0.5) == pytest.approx(1 - 0.5 * 5 / 10)
@@ -477,7 +479,7 @@ def test_no_text_takes_long(text):
     )
     thread.daemon = True
     thread.start()
-    thread.join(5)
+    thread.join(30)  # seconds; what is caught here takes minutes
     assert not thread.is_alive()
 
 
