@@ -387,7 +387,7 @@ SPOILT = [
     (unknown_fields, "README.md", "`divide_by_std`", "`divide_by_deviation`"),
     (unknown_fields, "README.md", '`keep = "random"`', '`keep = "randomly"`'),
     (unknown_fields, "README.md", "`solve_prompt`", "`solving_prompt`"),
-    (unknown_fields, "README.md", "| `mapper_rl.py` | `passes`", "| | `passes`"),
+    (unknown_fields, "README.md", "| `mapper_rl.py` | `model`", "| | `model`"),
     (broken_commands, "README.md", "$RUN sft.py --model", "$RUN sft.py --models"),
     (broken_commands, "README.md", "$RUN sft.py", "$RUN tune.py"),
     (broken_commands, "README.md", "rewrite.py --method dart --mapper out/mapper/model --target",
