@@ -7,10 +7,14 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, sum_demonstrations
+
+sys.path.insert(0, str(ROOT / "runs"))
+from report import Stage, rewrites
 
 import reward
 
@@ -212,3 +216,16 @@ def test_every_method(world, tmp_path):
     assert 12 < len(teacher) <= 24 and {row["source"] for row in teacher} == {"self"}
     last = json.loads((tmp_path / "rasft/round-2/sft/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2  # of one schedule over both rounds
+
+
+def test_a_text_of_the_first_steps_is_not_shown_as_one_after_training(tmp_path):
+    demos = tmp_path / "demos.jsonl"
+    demos.write_text("".join(json.dumps({"id": i, "problem": "?", "solution": "expert"}) + "\n" for i in "ab"))
+    told = {"config": {"data": str(demos)}, "command": ["mapper_rl.py"]}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    seen = [(1, "a", "early"), (2, "b", "early"), (9, "b", "late")]  # a is not asked again: one epoch
+    lines = [json.dumps({"step": step, "id": i, "text": text}) + "\n" for step, i, text in seen]
+    (tmp_path / "rollouts.jsonl").write_text("".join(lines))
+    mapper = Stage(tmp_path, tmp_path, "")
+    [shown] = rewrites(mapper, [mapper])
+    assert shown["texts"] == {"expert": "expert", "before training": "early", "after training": "late"}
