@@ -1279,19 +1279,20 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
         others = units_of(tokens[end + behind.start(1) : end + behind.end(1)]) if behind else set()
         if others and not others & units:  # 3.6 * 10 seconds = 0.6 minutes
             left_out -= {*range(start, end)}
-    kept, depth = [], 0
+    kept, shape, depth = [], "", 0  # shape: the kinds of what is kept
     for i, token in enumerate(tokens):
         if i in left_out:
             continue
-        before = "".join(t.kind for t in kept[-4:])
         if token.text == "of" and kept and kept[-1].text.lower() in _AMOUNTS:
             token = token._replace(text="total of")
-        elif token.text == "of" and re.search("(?<!=n)%$|(?<!=)n/n$", before):
+        elif token.text == "of" and re.search("(?<!=n)%$|(?<!=n)n/n$", shape[-4:]):
             token = token._replace(kind="*")
-        elif before[-1:] in ("n", ")") and depth >= 0 and token.kind in "n(f" and kept[-1].end < token.start:
+        elif shape[-1:] in ("n", ")") and depth >= 0 and token.kind in "n(f" and kept[-1].end < token.start:
             kept.append(Token("_", token.kind, token.start, token.start, None))
+            shape += "_"
         depth += {"(": 1, ")": -1}.get(token.kind, 0)  # below 0 behind the 1) of a list
         kept.append(token)
+        shape += token.kind
     return kept
 
 
