@@ -5,6 +5,7 @@
 #   MODEL=FOLDER PLAN=1 bash runs/real.sh                                   # memory, tokens, hours; nothing is run
 #   MODEL=FOLDER bash runs/real.sh                                          # GSM8K, made by runs/prepare.py
 #   MODEL=FOLDER TRAIN=my.jsonl BENCHMARKS="a.jsonl b.jsonl" bash runs/real.sh
+#   MODEL=FOLDER BENCHMARKS="data/gsm8k_test.jsonl data/humaneval.jsonl" bash runs/real.sh    # and what is forgotten
 #   MODEL=FOLDER DEMONSTRATIONS=512 STEPS=128 bash runs/real.sh             # longer
 #
 # It can be stopped and started again. A stage's seconds are in OUT/STAGE/seconds, its tokens in metrics.jsonl; the page
