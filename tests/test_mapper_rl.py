@@ -429,7 +429,7 @@ def test_a_gain_over_the_group_is_measured_in_the_spread_of_its_clean_rewrites(m
 def test_without_the_gate_a_wrong_text_earns_its_likelihood(monkeypatch):
     monkeypatch.setattr(mapper_rl, "score", lambda _, pairs, *__, **___: [torch.tensor([-1.0])] * len(pairs))
     fails = dict.fromkeys((*reward.HARD, *reward.SOFT), 0.0) | {"gate": 0.0, "clean": 0.0, "cheating": 0.0}
-    for gate, expected in ((True, [0, -0.5]), (False, [1 / (1 + math.exp(-2)), -0.5])):
+    for gate, expected in ((True, [0, -0.5]), (False, [math.tanh(1), -0.5])):  # 2 sigmoid(2) - 1
         rollouts = [dict(row=0, ids=[1], parts=dict(fails)), dict(row=0, ids=[1], parts=fails | {"cheating": 1.0})]
         config = make_config(gate=gate, hard_weight=0.5)
         mapper_rl.add_rewards(rollouts, [{"solve_ids": [0], "expert_align": -2.0}], None, 0.5, config, None)
