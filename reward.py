@@ -1377,9 +1377,9 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
         return False
     touches = beside.end == side[0].start if left else beside.start == side[-1].end
-    if touches and not left:  # 21cm, not 5x
-        return len(beside.text) > 1 and beside.text.lower() in _UNITS
-    return not touches and (beside.kind == "w" or beside.text in "(){}<>|")
+    if touches:  # 21cm, not 5x
+        return not left and len(beside.text) > 1 and beside.text.lower() in _UNITS
+    return beside.kind == "w" or beside.text in "(){}<>|"
 
 
 def _first_side(tokens: list[Token], start: int, sign: int, second: list[Token]) -> list[Token]:
@@ -1905,7 +1905,7 @@ def align_gain(A: float, A_expert: float, tau: float) -> float:
     nothing and earns nothing. By `align_nll` it earns 0.5 without a risk, which a real mapper finds (results/real.md).
 
     Source: ours."""
-    return max(0.0, math.tanh((A - A_expert) / (2 * tau)))
+    return max(0.0, 2 * align_nll(A, A_expert, tau) - 1)
 
 
 def align_kl(mapper_logprobs: typing.Sequence[float], target_logprobs: typing.Sequence[float], beta: float) -> float:

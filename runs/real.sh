@@ -37,8 +37,7 @@ LENGTHS=(--max_tokens 400 --max_model_len 1024)
 MAPPER=(--groups "$groups" --group_size 8 --lr "$LR" --warmup_steps 2 --gradient_checkpointing True
     --micro_batch_tokens "$tokens" --save_every "$save" "${LENGTHS[@]}")
 REWRITE=(--samples 4 "${LENGTHS[@]}")
-SFT=(--lr 1e-5 --epochs 3 --batch_size 16 --warmup 0.1 --micro_batch_tokens "$tokens"
-    --save_every $((5 * save)))
+SFT=(--lr 1e-5 --epochs 3 --batch_size 16 --warmup 0.1 --micro_batch_tokens "$tokens" --save_every $((5 * save)))
 EVALUATE=(--samples 4 --limit "$PROBLEMS" "${LENGTHS[@]}")
 
 real() {
