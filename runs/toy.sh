@@ -33,7 +33,7 @@ DART_GRID="--lr 3e-4 --steps 400"     # trained mapper's rewrites
 ORACLE_GRID="--lr 3e-4 --steps 400"   # native text
 RL=(--groups 24 --group_size 8 --max_tokens 128 --max_model_len 384 --warmup_steps 2 --micro_batch_tokens 4096
     --gradient_checkpointing False --rollouts_per_row 8 --seed "$SEED")
-MAPPER_GRID="--align nll --lr 1e-4 --steps 60 --export_every 10" # the alignment of results/toy.md
+MAPPER_GRID="--lr 1e-4 --steps 120 --export_every 20"
 GRPO_GRID="--lr 1e-4"
 REWRITE=(--samples 8 --max_tokens 128 --max_model_len 384 --seed "$SEED")
 EVALUATE=(--samples 4 --greedy False --limit 100 --max_tokens 128 --max_model_len 384 --seed "$SEED")
@@ -97,7 +97,7 @@ if [ -n "${ABLATE:-}" ]; then
     ablation no-fidelity "--min_fidelity 0"
     ablation no-gate "" "--gate False"
     ablation kl "" "--align kl"
-    ablation gain "" "--align gain"
+    ablation nll "" "--align nll"
     ablation group "" "--align group"
     ablation tau-1 "" "--tau 1"
     ablation tau-2 "" "--tau 2"

@@ -76,7 +76,7 @@ if [ -n "${ACCEPT:-}" ]; then
 elif [ -z "${COMPARE:-}" ]; then
     # --- the other arms of runs/toy.sh ---
     for lr in "${RL_LRS[@]}"; do
-        stage "mapper-$lr" mapper_rl.py --task map --align nll --lr "$lr" --steps 60 "${RL[@]}"
+        stage "mapper-$lr" mapper_rl.py --task map --lr "$lr" --steps 60 "${RL[@]}"
         rewrite "dart-$lr" dart --mapper "$OUT/mapper-$lr/model"
         stage "grpo-$lr" mapper_rl.py --task solve --lr "$lr" --steps 100000 --max_seconds 300 "${RL[@]}"
         evaluate "eval/grpo-$lr" validation -- "grpo-$lr=$OUT/grpo-$lr/model"
@@ -93,7 +93,7 @@ print(max(sys.argv[2:], key=chosen))
 PY
     }
     MAPPER=$(likeliest "${RL_LRS[@]/#/dart-}") && MAPPER="${MAPPER#dart-}"
-    stage "mapper-$MAPPER-long" mapper_rl.py --task map --align nll --lr "$MAPPER" --steps 240 --export_every 60 \
+    stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 \
         "${RL[@]}"
     for steps in 120 180 240; do
         rewrite "dart-$MAPPER-$steps" dart --mapper "$OUT/mapper-$MAPPER-long/model-000$steps"
@@ -122,9 +122,10 @@ else
                 grid "$arm" "$OUT/${arm%_dft}/rewrite/train.jsonl" --loss dft
                 ;;
             dart_dft)  # on what the first part made, where that has run
-                stage "mapper-$MAPPER" mapper_rl.py --task map --align nll --lr "$MAPPER" --steps 60 "${RL[@]}"
-                rewrite "dart-$MAPPER" dart --mapper "$OUT/mapper-$MAPPER/model"
-                grid dart_dft "$OUT/dart-$MAPPER/rewrite/train.jsonl" --loss dft
+                stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 \
+                    "${RL[@]}"
+                rewrite "dart-$MAPPER-120" dart --mapper "$OUT/mapper-$MAPPER-long/model-000120"
+                grid dart_dft "$OUT/dart-$MAPPER-120/rewrite/train.jsonl" --loss dft
                 ;;
             rasft)
                 MODELS=()
