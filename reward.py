@@ -210,7 +210,10 @@ _LATEX = [
         (r"\\frac\s*(\d)", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
         (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
+        (r"(?<![\w.])(?:np|numpy|math)\.(?=[a-z])", ""),
         (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
+        (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln)(?=\s?\()", r"\\\1"),
+        (r"\\(sin|cos|tan)\s?\^\s?\{-1\}", r"\\arc\1"),
         (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # Python's power; others are bold print
         (r"\*\*", ""),
@@ -249,13 +252,13 @@ _SCALES = dict(dozen=12, hundred=100, thousand=10**3, million=10**6, billion=10*
 _SCALE = "|".join(_SCALES)
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})[-\s](?:{'|'.join(_SMALL[1:10])})(?!\w)|(?:{'|'.join(_WORDS)})(?!\w))"
 _IN_WORDS = rf"{_BELOW_100}(?:\s(?:{_SCALE})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+|\.(?=[*/]))?|\.[0-9]+)"
 _NUMBER = "|".join(
     (
         r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)",  # 0.1666...
         r"(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}",
         r"(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.])",  # 3 1/2
-        r"(?<=/ )[0-9]+/0*[1-9][0-9]*(?![\d.])",  # the 1/3 of 2 / 1/3
+        r"(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])",  # the 1/3 of 2 / 1/3
         rf"{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?",
     )
 )
@@ -275,9 +278,10 @@ _TOKEN = re.compile(
             factorial=r"(?<=[\d)}])!(?=\s?[-+*/=)}\\!(]|\Z)",
             open=r"[({]",
             close=r"[)}]",
-            function=r"\\(?:frac|binom|Gamma)(?![A-Za-z])",
+            function=r"\\(?:frac|binom|Gamma|sqrt)(?![A-Za-z])",
             word=r"[^\W\d_]{2,}(?:['’][a-z]{1,2}(?!\w))?"
-            r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w)))",
+            r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w))"
+            r"|\s(?!is|equals|makes|gives)[a-z]{2,})|(?<=[a-z]/)[mgshL](?!\w)",
             other=r"\\[A-Za-z]+|.",
         ).items()
     ),
@@ -370,11 +374,14 @@ def _apply(operator: str, one, other, terms: int = 1):
 
 
 def _call(name: str, *arguments):
-    """\\frac, \\binom, \\Gamma, or ! of their arguments."""
+    """\\frac, \\binom, \\Gamma, \\sqrt (of squares alone), or ! of their arguments."""
     if None in arguments:
         return None
     if name == r"\frac":
         return _apply("/", *arguments)
+    if name == r"\sqrt":
+        parts = [(part, math.isqrt(max(part, 0))) for part in Fraction(arguments[0]).as_integer_ratio()]
+        return Fraction(parts[0][1], parts[1][1]) if all(root * root == part for part, root in parts) else None
     if max(arguments) > (20_000 if name == r"\binom" else 5_000):
         raise OverflowError
     if any(Fraction(n).denominator > 1 or n < 0 for n in arguments) or name == r"\Gamma":
@@ -383,7 +390,7 @@ def _call(name: str, *arguments):
 
 
 def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int | Fraction | None:
-    """The exact value of + - * / ^ ! % ( ) \\frac \\binom on numbers; None if there is anything else.
+    """The exact value of + - * / ^ ! % ( ) \\frac \\binom \\sqrt on numbers; None if there is anything else.
 
     `percent` is what % multiplies by. OverflowError where a number would become longer than `_BITS`, or a long sum be
     multiplied out: nobody writes that as an answer, and whoever works it out does not come back.
@@ -422,7 +429,7 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int
             value = None if value is None else sign * value
         elif kind() == "f":
             name = take().text
-            value = _call(name, *(group() for _ in range(1 if name == r"\Gamma" else 2)))
+            value = _call(name, *(group() for _ in range(1 if name in (r"\Gamma", r"\sqrt") else 2)))
         else:
             value = take().value
         while (binds := _BINDS.get(kind(), 2)) >= least:
@@ -462,6 +469,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TOLD = (  # where an answer is given without a box
     re.compile(r"<answer>(.{0,400}?)</answer>", re.S),
     re.compile(r"####[ \t]*(?=\W{0,20}\d)([^\n]+)"),
+    re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\b\W{1,6}([A-J])\b\W*\Z"),
     # what follows lies in a lookahead, since one such phrase may stand inside another
     re.compile(
         r"(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
@@ -469,6 +477,7 @@ _TOLD = (  # where an answer is given without a box
         re.I,
     ),
 )
+_AND = re.compile(r"[\s$\\()\[\]]{0,9}(?:,|\band\b|\bor\b|, and\b|, or\b)[\s$\\()\[\]]{0,9}(?:[A-Za-z]\w?\s*=\s*)?")
 _REMARK = re.compile(  # behind an answer in a sentence: ", which ...", "because ...", "(seven)"
     r"(?:,\s+(?!and\b|or\b)[a-z]{3,}\b|\s+(?:because|since|so|as|where|when|if|which)\b|\s+\([A-Za-z ]{3,}\)).*"
 )
@@ -529,13 +538,20 @@ def extract_answer(completion: str) -> str | None:
     """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last formula if it is
     one line, the whole of a short text that is no prose, the last number; None if there is nothing of all this.
 
-    Only what stands behind </think> counts, if there is anything. A box that is never closed is no answer, and no
-    number inside it becomes one.
+    Only what stands behind </think> counts, if there is anything, and nothing behind a <think> that is never closed. A
+    box that is never closed is no answer, and no number inside it becomes one. Boxes that are told in one breath
+    ("\\boxed{3} and \\boxed{5}") are one list.
     """
     text = characters(completion)
     text = text.rpartition("</think>")[2].strip() or text
+    if "<think>" in text and "</think>" not in text:
+        return None
     if found := answer_boxes(text):
-        return found[-1][2] or None
+        start, _, answer = found.pop()
+        while answer and found and found[-1][2] and _AND.fullmatch(text, found[-1][1], start):
+            start, _, content = found.pop()
+            answer = f"{content}, {answer}"
+        return answer or None
     for pattern in _TOLD:
         if found := pattern.findall(text):
             answer = found[-1].strip()
@@ -589,13 +605,15 @@ _WORDING = [
         (r"\\?%", " percent "),
         (rf"(?i)(\d+)\s*\(({_IN_WORDS})\)\s*$", lambda m: m[1] if int(m[1]) == _number(m[2]) else m[0]),  # 7 (seven)
         (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
+        (r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", "")),  # 21 000
+        (r"^\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
         (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
         (r"\s*,?\s+(?:and|or)\s+", ", "),
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
         (r"(?<=\{)\s+|\s+(?=\})", ""),
         (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)\s*", ""),
-        (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
+        (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
         (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
         (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
@@ -616,7 +634,7 @@ class Answer(typing.NamedTuple):
 
 
 def _pieces(text: str) -> list[str]:
-    """A list's items: what stands between commas outside of brackets; \\pm makes two of one."""
+    """A list's items: what stands between commas outside of brackets; \\pm makes two of one, twice four."""
     pieces, depth = [""], 0
     for sign in re.findall(r"\\?.", text, re.S):
         depth += (sign in ("(", "[", "{", r"\{")) - (sign in (")", "]", "}", r"\}"))
@@ -624,8 +642,10 @@ def _pieces(text: str) -> list[str]:
             pieces.append("")
         else:
             pieces[-1] += sign
-    pairs = [(p.replace(r"\pm", "+"), p.replace(r"\pm", "-")) if p.count(r"\pm") == 1 else (p,) for p in pieces]
-    return [re.sub(r"(^|[=(,])\s*\+\s*", r"\1", piece).strip() for pair in pairs for piece in pair]
+    for _ in range(2):
+        signed = [(p.replace(r"\pm", "+", 1), p.replace(r"\pm", "-", 1)) if r"\pm" in p else (p,) for p in pieces]
+        pieces = [piece for pair in signed for piece in pair]
+    return [re.sub(r"(^|[=(,])\s*\+\s*", r"\1", piece).strip() for piece in pieces]
 
 
 def _units(words: str) -> frozenset[str] | None:
@@ -662,6 +682,8 @@ def _read(answer: str) -> Answer:
         text, units = text[: modulo.start()], frozenset({f"modulo {modulo[1]}"})
     if not re.search(r"[(\[]|\\\{", text):  # where (1,200) may be a pair
         text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    if (inner := re.fullmatch(r"\\\{(.*)\\\}", text)) and r"\pm" in text:
+        text = rf"\{{{', '.join(_pieces(inner[1]))}\}}"
     pieces, names, values = _pieces(text), [], []
     for piece in pieces:
         sides = [side.strip() for side in _EQUALS.split(re.sub(r"\\approx.*", "", piece))]
@@ -710,6 +732,34 @@ def _value(text: str) -> int | Fraction | None:
         return None
 
 
+def _equations_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
+    """From either side, where both have a side that is worked out of letters: MR = SRMC, f = m a + b v."""
+    sides = [tuple(text.replace(" ", "") for text in (side.name, side.text)) for side in (answer, gold)]
+    if not all(map(all, sides)) or gold.value is not None:
+        return None
+    if sides[0] == sides[1][::-1]:
+        return True
+    worked_out = sides[0][0] != sides[1][0] and re.search(r"[-+*/^]|\\frac", sides[0][0] + sides[1][0])
+    return _formulas_equal(*(side._replace(text=side.whole) for side in (answer, gold))) if worked_out else None
+
+
+def _lists_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
+    """Values that each have a name, in any order: x = 3, y = -4 for y = -4, x = 3."""
+    named = []
+    for side in (answer, gold):
+        pieces = [piece.partition("=") for piece in _pieces(side.whole)]
+        named.append(sorted((name.strip(), value.strip()) for name, _, value in pieces))
+    names, values = ([tuple(pair[i] for pair in side) for side in named] for i in (0, 1))
+    if names[0] != names[1] or len(set(names[0])) < 2 or len(set(names[0])) < len(names[0]) or not all(values[0]):
+        return None
+    answer, gold = (side._replace(text=f"({', '.join(of)})") for side, of in zip((answer, gold), values))
+    return _texts_equal(answer, gold) or _formulas_equal(answer, gold)
+
+
+def _texts_equal(answer: Answer, gold: Answer) -> bool | None:
+    return answer.text == gold.text or None
+
+
 def _numbers_equal(answer: Answer, gold: Answer) -> bool | None:
     """Exactly: there is no tolerance, but for a fraction that a decimal of six places or more cuts or rounds."""
     if answer.value is None or gold.value is None:
@@ -748,7 +798,10 @@ def _interval(text: str) -> str:
     pieces = _pieces(text)
     if len(pieces) > 1:
         found = [_interval(piece) for piece in pieces]
-        return text if set(found) & set(pieces) else r"\cup".join(found)
+        points = [piece for piece in pieces if piece in found]  # x < 0 or x = 1
+        if found == pieces or None in map(_value, points):
+            return text
+        return r"\cup".join(rf"\{{{piece}\}}" if piece in points else piece for piece in found)
     if points := _WITHOUT.fullmatch(text):
         ends = sorted(_pieces(points[1] or points[2]), key=lambda point: _value(point) or 0)
         return r"\cup".join(f"({a}, {b})" for a, b in itertools.pairwise([r"-\infty", *ends, r"\infty"]))
@@ -788,7 +841,17 @@ def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     return False if letters[0] and not letters[1] else sides
 
 
-_KINDS = (_numbers_equal, _bases_equal, _options_equal, _words_equal, _intervals_equal, _formulas_equal)
+_KINDS = (
+    _equations_equal,
+    _lists_equal,
+    _texts_equal,
+    _numbers_equal,
+    _bases_equal,
+    _options_equal,
+    _words_equal,
+    _intervals_equal,
+    _formulas_equal,
+)
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
@@ -800,15 +863,16 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     if brackets.count(1) > BRACKETS or max(itertools.accumulate(brackets), default=0) > _NESTED:
         return False
     found = boxes(gold)
-    answer, gold = _read(answer), _read((found[-1][2] or "") if found else gold)
+    gold = _read((found[-1][2] or "") if found else gold)
+    if gold.value is not None:  # 574 g; in a formula it is a variable
+        answer = re.sub(r"(?<=\d)\s+([gmshLlJNVWAK])(?=\W*$)", lambda m: " " + _LETTERS[m[1]], answer)
+    answer = _read(answer)
     if not gold.text or (answer.units and gold.units and not answer.units & gold.units):  # 10 cents and 10 dollars
         return False
     if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
     if answer.name != gold.name and {answer.name, gold.name} <= {"x", "y", "z"}:  # the lines x = 3 and y = 3
         return False
-    if answer.text == gold.text:
-        return True
     return next(verdict for kind in _KINDS if (verdict := kind(answer, gold)) is not None)
 
 
@@ -1446,9 +1510,8 @@ def statements(text: str) -> tuple[Statement, ...]:
     50 = 10, \\frac{12}{4} \\times \\$2 = \\$6, 10/3 \\approx 3.33.
 
     What is not clearly one is skipped: variables, roots, numbers with a word that changes them, sides of more than
-    `_LONG` tokens. Source: our reconstruction.
+    `_LONG` tokens. The text is in one spelling, and so are their positions. Source: our reconstruction.
     """
-    text = spelled(text)
     found = _scan(_unannotated(text))
     told = {(s.left, s.right) for s in found}  # a sentence and the annotation in it are one statement
     for m in _ANNOTATION.finditer(text):
@@ -1474,7 +1537,7 @@ def _free_numbers(text: str) -> list[tuple[int, int | Fraction]]:
     """Those of `_numbers` that are no part of a statement."""
     found, free = statements(text), []
     starts, ends = [s.position for s in found], list(itertools.accumulate((s.end for s in found), max))
-    for start, value in _numbers(_unannotated(spelled(text))):
+    for start, value in _numbers(_unannotated(text)):
         i = bisect.bisect_right(starts, start)
         if not i or ends[i - 1] <= start:  # no statement reaches over it
             free.append((start, value))
@@ -1486,9 +1549,10 @@ def fidelity(expert: str, rewrite: str) -> float:
 
     The results are the right sides of the expert's statements, or all its numbers if it makes none. In the rewrite
     every number counts that is no operand of a statement: "which leaves 13" keeps the 13. Only the first `_MOST`
-    results of each text are compared, since that takes time in their product. Source: our reconstruction.
+    results of each text are compared, since that takes time in their product. Both are in one spelling. Source: our
+    reconstruction.
     """
-    wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(spelled(expert))]
+    wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(expert)]
     kept = [(s.equals, s.right) for s in statements(rewrite)] + _free_numbers(rewrite)
     wanted, kept = wanted[:_MOST], [value for _, value in sorted(kept)[:_MOST]]
     row = [0] * (len(kept) + 1)
@@ -1504,9 +1568,11 @@ def fidelity(expert: str, rewrite: str) -> float:
 _SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation)"
 _SOURCE = re.compile(  # in lower case, with single spaces
     rf"""\b(?:
-    (?:given|provided|original|reference|expert|above|sample|model|teacher|worked)(?:['’]s)?[ ]{_SOLUTION}
+    (?:given|provided|original|official|reference|expert|above|sample|model|teacher|textbook|worked)(?:['’]s)?
+    [ ]{_SOLUTION}
     |previous[ ]solution|(?:known|stated|expected)[ ](?:final[ ])?answer|answer[ ]key
-    |{_SOLUTION}[ ](?:above|provided|given)|the[ ]steps?[ ](?:provided|given)|the[ ]reference\b(?![ ]to)
+    |{_SOLUTION}[ ](?:above|provided|given)|the[ ]steps?[ ](?:provided|given)
+    |(?:shown|provided)[ ]to[ ](?:me|us)|the[ ]reference\b(?![ ](?:to|angle|point|frame|line|level|value|group)\b)
     |(?:as|in|from|following|per|see|to)[ ]the[ ](?!answer|text){_SOLUTION}(?![ ](?:to|of|for|set)\b)
     |as[ ]the[ ]answer[ ]\w+
     |the[ ]solution[ ](?:shows?|says?|states?|uses?|gives?|tells?|did|writes?|computes?|multipl\w+|starts?)
@@ -1522,7 +1588,12 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     re.X,
 )
 _STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
-_RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals)[\s*$\\]*\Z", re.I)
+_RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals|\\to)[\s*$\\]*\Z", re.I)
+_SENTENCE = re.compile(r"\s*(.*?)(?:[.!?:;]\s|\n)")
+_SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
+_WORKED = re.compile(
+    rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z", re.I
+)  # 60 km / 30 =
 _OR = re.compile(r"\bor\b", re.I)
 _EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
 _ALSO = re.compile(r"\b(?:could|might|may) also be\b", re.I)
@@ -1558,23 +1629,38 @@ def _repetition(text: str) -> float:
 
 def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     """Whether the answer stands there before it is reached: in a box or behind "answer is" in the first quarter (of
-    what is not itself the answer), or as a number of its own before the first calculation, in other words than "20
-    because 60/3 = 20", and though neither the problem nor the expert has this number on the way."""
-    stated = _STATED.search(rewrite)
-    given = [(start, end) for start, end, _ in answer_boxes(rewrite)] + ([stated.span()] if stated else [])
+    what is not itself the answer); as all that the first sentence works out; or as a number of its own before the first
+    calculation, in other words than "20 because 60/3 = 20", and though neither the problem nor the expert has this
+    number on the way."""
+    stated, found = _STATED.search(rewrite), answer_boxes(rewrite)
+    given = [(start, end) for start, end, _ in found] + ([stated.span()] if stated else [])
     if any(start < 0.25 * (len(rewrite) - (end - start)) for start, end in given):
         return True
-    value, claims = _read(answer).value, statements(rewrite)
+    value, claims, first = _read(answer).value, statements(rewrite), _SENTENCE.match(rewrite)
+    formula = (found[-1][2] or "") if found and value is None else ""
+    if first and len(formula) > 3 and formula in first[1] and formula not in problem + expert[: len(expert) // 2]:
+        return not re.search(r"[\d=]", first[1].replace(formula, ""))
     reached = min((s.equals for s in statements(expert) if s.right == value), default=0)
     known = {number for _, number in _numbers(spelled(problem))}
     known |= {number for start, number in _numbers(_unannotated(expert)) if start < reached}
-    if value is None or value in known or not claims:
+    if value is None or value in known:
+        return False
+    if first and not re.search(rf"[=|]|{_SIGN}", first[1]) and [number for _, number in _numbers(first[1])] == [value]:
+        return True
+    if not claims:
         return False
     small = value in range(-12, 13)  # may count anything: only "The result is 7", or 7 alone on a line
     front = [start for start, number in _free_numbers(rewrite) if number == value and start < claims[0].position]
     for start in front[:9]:
         sentence = re.search(r"[.!?:;]\s|\n|\Z", rewrite[start:]).start() + start
-        line = rewrite[rewrite.rfind("\n", 0, start) + 1 :].partition("\n")[0]
+        line_start = rewrite.rfind("\n", 0, start) + 1
+        line = rewrite[line_start:].partition("\n")[0]
+        if (
+            line[:1] == "|"
+            or _WORKED.search(rewrite, line_start, start)
+            or re.match(rf"[\d.,]+\s*{_SIGN}", rewrite[start:])
+        ):
+            return False  # reached, or part of a calculation
         told = _RESULT.search(rewrite, max(start - 60, 0), start) or not re.search("[A-Za-z+*/=]", line)
         if told or (not small and (sentence < claims[0].position or claims[0].right != value)):
             return True
@@ -1582,8 +1668,11 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
 
 
 def _mentions_source(problem: str, expert: str, rewrite: str) -> float:
+    """Unless problem or expert say so too, or speak of that person."""
     known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
-    return float(any(m[0] not in known for m in _SOURCE.finditer(told)))
+    people = set(re.findall("expert|teacher|model", known))
+    found = [m[0] for m in _SOURCE.finditer(told) if not any(who in m[0] for who in people)]
+    return float(any(phrase not in known for phrase in found))
 
 
 def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
@@ -1598,7 +1687,10 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {_read(content).value or _read(content).text for content in inside}
     maybe = _MAYBE.match(behind)  # another number, not the same one in words
-    unsure = _ALSO.search(plain) or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
+    several = _read(answer).value is not None and any(len(_pieces(_read(content).text)) > 1 for content in inside)
+    unsure = (
+        several or _ALSO.search(plain) or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
+    )
     return {
         "early_answer": float(_early(problem, model, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or bool(skipped)),
@@ -1754,7 +1846,7 @@ def _consistent(expert: str, rewrite: str) -> tuple[float, bool]:
     """Fidelity, and whether the last calculation agrees with the box, where there is one box."""
     plain = spelled(rewrite)
     found = answer_boxes(plain)
-    return fidelity(expert, rewrite), len(found) != 1 or not found[0][2] or _agrees(plain, *found[0])
+    return fidelity(spelled(expert), plain), len(found) != 1 or not found[0][2] or _agrees(plain, *found[0])
 
 
 class Kind(typing.NamedTuple):

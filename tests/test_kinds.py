@@ -149,6 +149,21 @@ The final answer is $\sqrt{2}$, which is about 1.41. ||| \sqrt{2}
 \boxed{9 \text{ (nine)}} ||| 9
 \boxed{\text{exactly } 31} ||| 31
 \boxed{\{55^\circ\}} ||| 55
+\boxed{3 250 000} ||| 3250000
+\boxed{\{2+\sqrt{3}, 2-\sqrt{3}, 7\}} ||| \{2 \pm \sqrt{3}, 7\}
+\boxed{(\pm 5, \pm 1)} ||| (5,1), (5,-1), (-5,1), (-5,-1)
+\boxed{\{t \mid 0 < t \le 4\}} ||| (0, 4]
+\boxed{x < 3 \text{ or } x = 8} ||| (-\infty, 3) \cup \{8\}
+Only one of them fits, so it is choice (D). ||| \text{(D)}
+\boxed{b = 7, a = -2} ||| a = -2, b = 7
+\boxed{10^{-4}} ||| 1e-4
+\boxed{-\frac{2}{3}} ||| -2./3
+\boxed{\sin^{-1}\left(\frac{3}{8}\right)} ||| np.arcsin(3/8)
+\boxed{q = n v + c w} ||| n v+c w=q
+\boxed{\text{demand} = \text{supply}} ||| supply = demand
+3 + 5 = 8. #### 8 g ||| 8
+The zeros are $x = \boxed{4}$ and $x = \boxed{-9}$. ||| -9, 4
+\boxed{\sqrt{196}} ||| 14
 """
 WRONG = r"""
 \boxed{9 \text{ (eight)}} ||| 9
@@ -196,6 +211,11 @@ The answer is a triangle. ||| A
 \boxed{\Gamma(10^8)} ||| 5
 \boxed{5C2} ||| 10
 \boxed{\frac{3}{2}} ||| 3:2
+\boxed{a = 7, b = -2} ||| a = -2, b = 7
+\boxed{n v - c w = q} ||| n v+c w=q
+<think>It could be \boxed{6}. Let me see whether ||| 6
+It is \boxed{4} or \boxed{6}. ||| 6
+\boxed{x < 3 \text{ or } x = 8} ||| (-\infty, 3)
 """
 
 
@@ -257,6 +277,13 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     ("| boxes | 3 × 8 = 26 |\n| kept | 24 − 5 = 19 |\n\n\\boxed{19}", "false_arithmetic"),
     ("The fence has 14 m + 9 m = 24 m. ...", "false_arithmetic"),
     ("26 ÷ 8 = 3 remainder 1. ...", "false_arithmetic"),
+    ("The car does 90 km / 30 km/h = 4 h of driving. ...", "false_arithmetic"),
+    (r"\sqrt{81} = 8. ...", "false_arithmetic"),
+    ("Result → 19 pens. We see it so: ...", "early_answer"),
+    ("In the end nineteen pens are left with her. ...", "early_answer"),
+    ("I follow the steps that were shown to me: ...", "mentions_source"),
+    ("The official solution multiplies. ...", "mentions_source"),
+    (r"3*8=24, 24-5=19. \boxed{19, 24}", "hedged"),
     ("\\begin{align*} x &= 3 \\times 8 \\\\ &= 26 \\end{align*} 24-5=19. \\boxed{19}", "false_arithmetic"),
 ]
 HONEST = [
@@ -332,6 +359,11 @@ HONEST = [
     "To find the answer, ...",
     "The answer is found by subtracting. ...",
     "26 ÷ 8 = 3 remainder 2. ...",
+    "The reference angle of 150° is 180 - 150 = 30. ...",
+    "90 km / 30 km/h = 3 h and 90 km / 45 km/h = 2 h. ...",
+    "6 ÷ 1/4 = 6 × 4 = 24. ...",
+    "| step | pens |\n|---|---|\n| bought | 24 |\n| kept | 19 |\n\n...",
+    r"\sqrt{8^2 + 6^2} = \sqrt{100} = 10. ...",
     "5.89 * 10^{-7} / 3 = 1.96 \\times 10^{-7}. ...",
     "The fence has 14 m + 9 m = 23 m. ...",
     "3*8=24. 24-5=19. Check: 19 + 5 = 24. ✓ \\boxed{19}",
@@ -356,6 +388,20 @@ def test_honest_rewrites(rewrite):
     parts = judged(rewrite)
     assert [name for name in reward.HARD if parts[name]] == []
     assert parts["clean"]
+
+
+def test_a_formula_in_front_is_early_too():
+    problem, expert = "How far is (5, 3) from the origin?", r"25 + 9 = 34, so it is \boxed{\sqrt{34}}."
+    for rewrite, early in (
+        (r"It is $\sqrt{34}$ away. Indeed $25 + 9 = 34$. So \boxed{\sqrt{34}}", 1),
+        (r"We add 25 + 9 = 34 and take the root, $\sqrt{34}$. So \boxed{\sqrt{34}}", 0),
+    ):
+        assert reward.cheats(problem, expert, rewrite, r"\sqrt{34}")["early_answer"] == early
+
+
+def test_people_of_the_problem_are_no_source():
+    problem, expert = "A teacher and an expert paint 4 walls each. How many?", r"4+4=8. \boxed{8}"
+    assert not reward.cheats(problem, expert, r"The expert paints 4, so 4+4=8. \boxed{8}", "8")["mentions_source"]
 
 
 @pytest.mark.parametrize("texts", [RIGHT.splitlines(), WRONG.splitlines(), [r for r, _ in DISHONEST], HONEST])

@@ -217,7 +217,7 @@ def test_verify_all_kills_what_hangs_from_any_thread(monkeypatch, capfd):
     ],
 )
 def test_statements(text, expected):
-    found = reward.statements(text)
+    found = reward.statements(reward.spelled(text))
     assert [(s.left, s.right) for s in found] == [tuple(map(Fraction, pair)) for pair in expected]
     assert all(s.holds == (s.left == s.right) for s in found)
 
@@ -240,7 +240,7 @@ def test_statements(text, expected):
     ],
 )
 def test_rounding(text, holds):
-    assert [s.holds for s in reward.statements(text)] == [holds]
+    assert [s.holds for s in reward.statements(reward.spelled(text))] == [holds]
 
 
 @pytest.mark.parametrize(
