@@ -207,6 +207,8 @@ _LATEX = [
         ),
         (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*\}", lambda m: " " + _LETTERS[m[1]]),
         *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
+        (r"\\(?:hat|vec)\s?\{([^{}]*)\}", r"\1"),
+        (r"\(\s*\\begin\{smallmatrix\}|\\end\{smallmatrix\}\s*\)", lambda m: m[0].strip("( )").replace("small", "p")),
         (r"\\frac\s*(\d)", r"\\frac{\1}"),
         (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
         (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
@@ -266,7 +268,7 @@ _TOKEN = re.compile(
     "|".join(
         rf"(?P<{name}>{pattern})"
         for name, pattern in dict(
-            skip=r"[^\S\n]+|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
+            skip=r"[^\S\n]+|times(?=\s(?:\\times|[*x])\s)|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
             stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
             number=_NUMBER,
             words=_IN_WORDS,
@@ -469,7 +471,7 @@ _BRACE = re.compile(r"\\.|[{}]", re.S)
 _TOLD = (  # where an answer is given without a box
     re.compile(r"<answer>(.{0,400}?)</answer>", re.S),
     re.compile(r"####[ \t]*(?=\W{0,20}\d)([^\n]+)"),
-    re.compile(r"\b(?:[Oo]ption|[Cc]hoice)\b\W{1,6}([A-J])\b\W*\Z"),
+    re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice)\b\W{1,6}|选项?\s?)([A-J])\W*\Z"),
     # what follows lies in a lookahead, since one such phrase may stand inside another
     re.compile(
         r"(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
@@ -477,18 +479,26 @@ _TOLD = (  # where an answer is given without a box
         re.I,
     ),
 )
+_END = re.compile(r"(?:\s{0,9}(?:</s>|<eos>|<end_of_turn>|<\|\w{1,20}\|>)){1,9}\s*\Z")
 _AND = re.compile(r"[\s$\\()\[\]]{0,9}(?:,|\band\b|\bor\b|, and\b|, or\b)[\s$\\()\[\]]{0,9}(?:[A-Za-z]\w?\s*=\s*)?")
 _REMARK = re.compile(  # behind an answer in a sentence: ", which ...", "because ...", "(seven)"
-    r"(?:,\s+(?!and\b|or\b)[a-z]{3,}\b|\s+(?:because|since|so|as|where|when|if|which)\b|\s+\([A-Za-z ]{3,}\)).*"
+    r"(?:,\s+(?!and\b|or\b)[a-z]{3,}\b|\s+(?:because|since|so|as|where|when|which)\b"
+    r"|\s+\((?:not\b.*|[A-Za-z ]{3,})\)).*"
 )
 _CLAUSE = re.compile(r"(?:[A-Za-z][A-Za-z'’]*\s+){2,}(?=[-$*\\]{0,4}\d)")  # "The train arrives at" 4:35
 _NOT_JUST = frozenset("not no or than but except least most under over below above between never n't cannot".split())
+_BOLD = re.compile(  # no heading, and nothing that its sentence goes on to count with
+    r"\*\*(?!\s)([^*\n]{1,100}?)(?<!:)\*\*(?!\s{0,9}:|\s{0,9}\n\s{0,9}\S)"
+    r"(?:(?<=[.!?]\*\*)|(?![^.!?\n]{0,99}(?:[,;]|\b(?:so|and|then|which)\b)[^.!?\n]{0,99}\d))"
+    r"(?=(?:(?!\n\s{0,9}\n|\*\*)[\s\S]){0,600}\Z)"
+)
 _FORMULA = re.compile(  # the last formula, with no number behind it
     r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}\Z", re.S
 )
-_WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")  # no command, not \text{...}
+_WORD = re.compile(r"(?<![\\A-Za-z{])[^\W\d_]{2,}")  # no command, not \text{...}
 _LAST = re.compile(
-    rf"(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}"
+    rf"\(-?{_DIGITS}(?:,\s*-?{_DIGITS}){{1,3}}\)"
+    rf"|(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d+ out of \d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}"
     rf"|{_DIGITS}(?:/\d+|(?:\\sqrt\{{\d+\}})?(?:\s?\\pi)?))"
 )
 
@@ -535,8 +545,9 @@ def _is_bare(text: str) -> bool:
 
 
 def extract_answer(completion: str) -> str | None:
-    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", the last formula if it is
-    one line, the whole of a short text that is no prose, the last number; None if there is nothing of all this.
+    """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", what is **bold** in the
+    last paragraph, the last formula if it is one line, the whole of a short text that is no prose, the last number or
+    pair of numbers; None if there is nothing of all this.
 
     Only what stands behind </think> counts, if there is anything, and nothing behind a <think> that is never closed. A
     box that is never closed is no answer, and no number inside it becomes one. Boxes that are told in one breath
@@ -546,6 +557,7 @@ def extract_answer(completion: str) -> str | None:
     text = text.rpartition("</think>")[2].strip() or text
     if "<think>" in text and "</think>" not in text:
         return None
+    text = _END.sub("", text)
     if found := answer_boxes(text):
         start, _, answer = found.pop()
         while answer and found and found[-1][2] and _AND.fullmatch(text, found[-1][1], start):
@@ -559,6 +571,8 @@ def extract_answer(completion: str) -> str | None:
             if clause and not set(clause[0].lower().split()) & _NOT_JUST:
                 answer = answer[clause.end() :]
             return _REMARK.sub("", answer) or answer or None
+    if found := _BOLD.search(text):
+        return extract_answer(found[1]) or found[1]
     if found := _FORMULA.search(text):
         answer = found[found.lastindex].strip()
         if "\n" not in answer:  # between a dollar of money and another sign, or in a text cut off, lie whole paragraphs
@@ -598,6 +612,14 @@ _LABEL = re.compile(  # words at the end, behind 5, } ), \pi, 3x or "million"
 _MONEY = str.maketrans({"€": " euros ", "£": " pounds sterling ", "¥": " yen ", "₹": " rupees ", "¢": " cents "})
 _FRONT = re.compile(r"^\s*(?:\\\$|\$(?=[^$]*$)|US\$|(USD|EUR|euros|pounds sterling|yen|rupees|Rs\.?))\s*(?=[\d.])")
 _MODULO = re.compile(r"\s*\(?\s*\\?p?mod(?:ulo)?\s*[{(]?\s*(\w+)\s*[)}]?\s*\)?$")
+
+
+def _matrix(rows: str) -> str:
+    """[[1, 2], [3, 4]] in LaTeX."""
+    cells = re.sub(r"\],\s?\[", r" \\\\ ", rows.strip("[]")).replace(",", " &")
+    return rf"\begin{{pmatrix}} {cells} \end{{pmatrix}}"
+
+
 _WORDING = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -608,18 +630,35 @@ _WORDING = [
         (r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", "")),  # 21 000
         (r"^\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
         (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
+        (
+            r"(?i)^(?:strictly )?between (\S+) and ([^\s,]+)(,? inclusive)?$",
+            lambda m: ("[%s, %s]" if m[3] else "(%s, %s)") % m.groups()[:2],
+        ),
+        (r"(?i)^all (?:[a-z]+ )?(?:numbers|integers|values) (?:of )?(?=[a-z] ?[<>\\]|(?:greater|less|more) )", ""),
+        (r"(?i)^(?:greater|more) than or equal to ", r"x \\ge "),
+        (r"(?i)^less than or equal to ", r"x \\le "),
+        (r"(?i)^(?:greater|more) than ", "x > "),
+        (r"(?i)^less than ", "x < "),
+        (r"^(?:[Aa]ll real(?:s| numbers)|\\mathbb\{?R\}?)$", r"(-\\infty, \\infty)"),
+        (r"^(\d+) to (\d+)$", r"\1:\2"),
+        (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
+        (r"^(\d+)\s?\^?\s?\{?\s?(?:st|nd|rd|th)\s?\}?(?= [a-z]+$|$)", r"\1"),  # 5th
+        (r"\s*\(?\s*\bbase[\s-]+(\w+)\s*\)?$", r"_{\1}"),
+        (r"^\[\[(?:[^\[\]]|\],\s?\[)*\]\]$", lambda m: _matrix(m[0])),
+        (r"^[A-Z](?=\([-\d.\s,]+\)$)", ""),  # the point C(8, -2)
         (r"\s*,?\s+(?:and|or)\s+", ", "),
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
         (r"(?<=\{)\s+|\s+(?=\})", ""),
-        (r"(?i)^\s*(?:the )?(?:final )?answer(?: is|:)\s*", ""),
+        (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+ ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
         (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
         (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
-        (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+])+|(?:(?<!\.)\.|[;,\s])+$", ""),
+        (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+,;])+|(?:(?<!\.)\.|[;,\s])+$", ""),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
         (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2] or ""),
     )
 ]
+_FAMILY = re.compile(r"[\s,;(]*\b([a-z])\s*\\in\s*\\mathbb\s?\{?[ZN]\}?\s*\)?$")
 _EQUALS = re.compile(r"=|\\equiv(?![a-z])|\\in(?![a-z])")
 _INSIDE = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{?-1\}?|(?<=[\w}])\([\w, ]*\)$")  # of a name: m_{\max}, f^{-1}, f(2)
 _NO_NAME = re.compile(r"[\d^!<>]|\\(?:sqrt|log|ln|infty|pi|cup|mathbb|[lg]e)(?![a-z])")
@@ -633,6 +672,12 @@ class Answer(typing.NamedTuple):
     whole: str  # with the name
 
 
+def _signed(text: str, sign: str) -> str:
+    """The text with that sign for its first \\pm, or for all where there is an \\mp, which has the other one."""
+    other = "-" if sign == "+" else "+"
+    return text.replace(r"\pm", sign, -1 if r"\mp" in text else 1).replace(r"\mp", other)
+
+
 def _pieces(text: str) -> list[str]:
     """A list's items: what stands between commas outside of brackets; \\pm makes two of one, twice four."""
     pieces, depth = [""], 0
@@ -643,7 +688,7 @@ def _pieces(text: str) -> list[str]:
         else:
             pieces[-1] += sign
     for _ in range(2):
-        signed = [(p.replace(r"\pm", "+", 1), p.replace(r"\pm", "-", 1)) if r"\pm" in p else (p,) for p in pieces]
+        signed = [[_signed(p, sign) for sign in "+-"] if r"\pm" in p else [p] for p in pieces]
         pieces = [piece for pair in signed for piece in pair]
     return [re.sub(r"(^|[=(,])\s*\+\s*", r"\1", piece).strip() for piece in pieces]
 
@@ -673,7 +718,7 @@ def _read(answer: str) -> Answer:
     """An answer in one spelling, its name and units apart; what is too long for one stays as it is."""
     if len(answer) > LONGEST or (answer.isascii() and answer.isdigit()):
         return Answer(answer, _value(answer), frozenset(), "", answer)
-    text, units = spelled(answer.translate(_MONEY)), frozenset()
+    text, units = spelled(answer.translate(_MONEY)).strip(), frozenset()
     if front := _FRONT.search(text):
         text, units = text[front.end() :], _units(front[1] or "dollars")
     for pattern, by in _WORDING:
@@ -684,6 +729,8 @@ def _read(answer: str) -> Answer:
         text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     if (inner := re.fullmatch(r"\\\{(.*)\\\}", text)) and r"\pm" in text:
         text = rf"\{{{', '.join(_pieces(inner[1]))}\}}"
+    if family := _FAMILY.search(text):  # + k\pi, k \in \mathbb{Z}: the letter is of no account
+        text = re.sub(rf"(?<![\\A-Za-z]){family[1]}(?![A-Za-z])", "n", text[: family.start()])
     pieces, names, values = _pieces(text), [], []
     for piece in pieces:
         sides = [side.strip() for side in _EQUALS.split(re.sub(r"\\approx.*", "", piece))]
@@ -714,8 +761,11 @@ def normal_form(answer: str) -> str:
 # --- comparing: each kind says True or False, or None where it does not know both answers ---
 
 _BASE = re.compile(r"([0-9][0-9A-F]*)\s?_\s?\{?\s*(\w+)\s*\}?", re.I)
+_LESS = str.maketrans(">", "<")
 _RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
 _WITHOUT = re.compile(r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)")
+_LITTLE = r"(?:(?:there|it|that|this|is|are|was|has|have|the|an?|exactly) )*"  # an isosceles triangle, even function
+_NOUN = "(?:solutions?|numbers?|functions?|triangles?|days?|series|sequence|angles?|roots?|people|values?)"
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
     r"\W*(?:[Oo]ption\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
 )
@@ -789,7 +839,8 @@ def _options_equal(answer: Answer, gold: Answer) -> bool | None:
 def _words_equal(answer: Answer, gold: Answer) -> bool | None:
     """Words, times and ratios are equal or not: math-verify would multiply the letters."""
     words = re.fullmatch(r"(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z' -]+|\d+(?::\d+)+", gold.text)
-    return answer.text.lower().split() == gold.text.lower().split() if words else None
+    told, wanted = (" ".join(side.text.lower().split()) for side in (answer, gold))
+    return bool(re.fullmatch(rf"{_LITTLE}{re.escape(wanted)}(?: {_NOUN})?", told)) if words else None
 
 
 def _interval(text: str) -> str:
@@ -810,6 +861,8 @@ def _interval(text: str) -> str:
     if greater == {True}:  # read it from the other side
         parts.reverse()
     names = [i for i, part in enumerate(parts) if re.fullmatch("[A-Za-z]", part)]
+    if len(greater) == 1 and len(names) == len(parts[::2]) > 1:  # c > b > a
+        return "".join(part.translate(_LESS).replace("g", "l") if i % 2 else part for i, part in enumerate(parts))
     if len(greater) != 1 or len(names) != 1 or names[0] > 2 or len(parts) > names[0] + 3 or "" in parts:
         return text
     below, above = parts[: names[0]], parts[names[0] + 1 :]
@@ -821,7 +874,7 @@ def _interval(text: str) -> str:
 def _intervals_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
     """Where a side is an inequality or leaves points out; two intervals are formulas."""
     sides = [side._replace(text=_interval(side.text)) for side in (answer, gold)]
-    return None if sides == [answer, gold] else _formulas_equal(*sides)
+    return None if sides == [answer, gold] else _texts_equal(*sides) or _formulas_equal(*sides)
 
 
 def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
@@ -1476,6 +1529,8 @@ def _last_side(tokens: list[Token], sign: int, end: int) -> list[Token]:
     while side and side[-1].kind == "!":  # "= 42!" at the end of a sentence
         side = side[:-1]
     i = sign + len(side) + 1
+    if len(side) > 1 and side[-1].kind == "/" and tokens[i].kind == "w":  # $7 per kg
+        side = side[:-1]
     behind = " ".join(t.text for t in tokens[i : i + 3])  # 1 (mod 12), 20% of 50
     part = re.match(r"[( ]*\\?p?mod", behind) or (side and side[-1].kind == "%" and behind.startswith("of"))
     return side if side and not part and _alone(side, tokens[i], left=False) else []
@@ -1565,7 +1620,7 @@ def fidelity(expert: str, rewrite: str) -> float:
 
 # --- words and shares of words ---
 
-_SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation)"
+_SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation|passage|write-?up|wording|working)"
 _SOURCE = re.compile(  # in lower case, with single spaces
     rf"""\b(?:
     (?:given|provided|original|official|reference|expert|above|sample|model|teacher|textbook|worked)(?:['’]s)?
@@ -1581,15 +1636,18 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     |{_SOLUTION}[ ](?:that[ ])?(?:i|we)[ ](?:was|were|am|are)[ ](?:given|shown)
     |(?:rewrit|rephras|paraphras|reword)\w*[ ](?:(?:of[ ])?(?:the|this|your)[ ])?{_SOLUTION}
     |(?:my|the|a|your)[ ](?:rewrite|rewriting|rewording|rephrasing|version)|rewritten[ ]version|paraphras\w+
-    |in[ ](?:my|your|our)[ ]own[ ]words|as[ ]if[ ](?:i|you)[ ]had|i[ ]was[ ](?:shown|given)
+    |in[ ](?:my|your|our)[ ]own[ ]words|as[ ]if[ ](?:i|you)[ ]had|i[ ]was[ ](?:shown|given|handed)
+    |(?:original|my)[ ]wording|{_SOLUTION}[ ]in[ ]front[ ]of[ ](?:me|us)
     |according[ ]to[ ]the[ ](?:{_SOLUTION}|teacher|expert)|teacher['’]s[ ]\w+
     |(?:the|my|our)[ ]teacher[ ](?:\w+[ ])?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*
     )\b""",
     re.X,
 )
-_STATED = re.compile(rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I)
+_STATED = re.compile(
+    rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?['\"]?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I
+)
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals|\\to)[\s*$\\]*\Z", re.I)
-_SENTENCE = re.compile(r"\s*(.*?)(?:[.!?:;]\s|\n)")
+_SENTENCE = re.compile(r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)")  # headings left out
 _SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
 _WORKED = re.compile(
     rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z", re.I
@@ -1645,7 +1703,7 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     known |= {number for start, number in _numbers(_unannotated(expert)) if start < reached}
     if value is None or value in known:
         return False
-    if first and not re.search(rf"[=|]|{_SIGN}", first[1]) and [number for _, number in _numbers(first[1])] == [value]:
+    if first and not re.search(rf"\||{_SIGN}", first[1]) and [number for _, number in _numbers(first[1])] == [value]:
         return True
     if not claims:
         return False
@@ -1687,7 +1745,9 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {_read(content).value or _read(content).text for content in inside}
     maybe = _MAYBE.match(behind)  # another number, not the same one in words
-    several = _read(answer).value is not None and any(len(_pieces(_read(content).text)) > 1 for content in inside)
+    several = _read(answer).value is not None and any(
+        len(_pieces(_read(content).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", content) for content in inside
+    )
     unsure = (
         several or _ALSO.search(plain) or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
     )

@@ -164,6 +164,29 @@ Only one of them fits, so it is choice (D). ||| \text{(D)}
 3 + 5 = 8. #### 8 g ||| 8
 The zeros are $x = \boxed{4}$ and $x = \boxed{-9}$. ||| -9, 4
 \boxed{\sqrt{196}} ||| 14
+They pay $30 + $42 = **$72** for the 12 tickets. Shall I explain a step? ||| 72
+**The first walk takes 35 minutes.** (The second takes 50 minutes and the third 15.) ||| 35
+We turn three times, so at last we face **West**. ||| \text{west}
+3 * 7 = 21 #### 21</s> ||| 21
+\boxed{\text{There is no solution.}} ||| \text{no solution}
+\boxed{\text{a scalene triangle}} ||| \text{scalene}
+\boxed{\left(\begin{smallmatrix} 5 & 1 \\ 0 & 2 \end{smallmatrix}\right)} ||| \begin{bmatrix} 5&1\\0&2 \end{bmatrix}
+\boxed{[[5, 1], [0, 2]]} ||| \begin{pmatrix} 5 & 1 \\ 0 & 2 \end{pmatrix}
+\boxed{4\hat{\mathbf{i}} + 7\hat{\mathbf{j}}} ||| 4\mathbf{i} + 7\mathbf{j}
+The lines meet at (−6, 11). ||| (-6,11)
+\boxed{(3 \pm \sqrt{2}, 3 \mp \sqrt{2})} ||| (3+\sqrt{2}, 3-\sqrt{2}), (3-\sqrt{2}, 3+\sqrt{2})
+\boxed{\text{all real numbers less than or equal to } 9} ||| (-\infty, 9]
+\boxed{\text{between } 2 \text{ and } 6} ||| (2, 6)
+\boxed{\text{all real numbers}} ||| \mathbb{R}
+\boxed{r > q > p} ||| p < q < r
+\boxed{7 \text{ to } 9} ||| 7:9
+The chance is 5 out of 12. ||| \frac{5}{12}
+\boxed{8^{\text{th}}} ||| 8
+\boxed{312 \text{ (base } 7)} ||| 312_7
+\boxed{\frac{\pi}{3} + m\pi, m \in \mathbb{Z}} ||| \frac{\pi}{3} + k\pi, k \in \mathbb{Z}
+\boxed{\text{The larger angle is } 125^\circ} ||| 125
+最后一共有31个。 ||| 31
+综上所述，选C。 ||| C
 """
 WRONG = r"""
 \boxed{9 \text{ (eight)}} ||| 9
@@ -215,6 +238,14 @@ The answer is a triangle. ||| A
 \boxed{n v - c w = q} ||| n v+c w=q
 <think>It could be \boxed{6}. Let me see whether ||| 6
 It is \boxed{4} or \boxed{6}. ||| 6
+**The first walk takes 35 minutes.** (The second takes 50 minutes and the third 15.) ||| 15
+She eats **12** of them, so 9 are left. ||| 12
+\boxed{\text{not scalene}} ||| \text{scalene}
+\boxed{\text{scalene or isosceles}} ||| \text{scalene}
+The answer is 4 if $k$ is even and 9 if $k$ is odd. ||| 4
+\boxed{p > q > r} ||| p < q < r
+\boxed{(3 \pm \sqrt{2}, 3 \pm \sqrt{2})} ||| (3+\sqrt{2}, 3-\sqrt{2})
+\boxed{9 \text{ to } 7} ||| 7:9
 \boxed{x < 3 \text{ or } x = 8} ||| (-\infty, 3)
 """
 
@@ -281,6 +312,12 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     (r"\sqrt{81} = 8. ...", "false_arithmetic"),
     ("Result → 19 pens. We see it so: ...", "early_answer"),
     ("In the end nineteen pens are left with her. ...", "early_answer"),
+    ('{"answer": 19}\n\n...', "early_answer"),
+    ("The write-up in front of me multiplies first. ...", "mentions_source"),
+    ("The text that I was handed multiplies first. ...", "mentions_source"),
+    ("12 times × 3 pens = 26 pens. ...", "false_arithmetic"),
+    ("$24 ÷ 8 = $4 per pen. ...", "false_arithmetic"),
+    (r"3*8=24, 24-5=19. \boxed{18 \text{ to } 19}", "hedged"),
     ("I follow the steps that were shown to me: ...", "mentions_source"),
     ("The official solution multiplies. ...", "mentions_source"),
     (r"3*8=24, 24-5=19. \boxed{19, 24}", "hedged"),
