@@ -205,7 +205,10 @@ _LATEX = [
             r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?",
             lambda m: _DEGREES.get(m[1] or m[2], ""),
         ),
-        (r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*\}", lambda m: " " + _LETTERS[m[1]]),
+        (
+            r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*(\^\s?\{?\d\}?)?\s*\}",
+            lambda m: f" {_LETTERS[m[1]]}{m[2] or ''}",
+        ),
         *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
         (r"\\(?:hat|vec)\s?\{([^{}]*)\}", r"\1"),
         (r"\(\s*\\begin\{smallmatrix\}|\\end\{smallmatrix\}\s*\)", lambda m: m[0].strip("( )").replace("small", "p")),
@@ -611,7 +614,7 @@ _LABEL = re.compile(  # words at the end, behind 5, } ), \pi, 3x or "million"
 )
 _MONEY = str.maketrans({"€": " euros ", "£": " pounds sterling ", "¥": " yen ", "₹": " rupees ", "¢": " cents "})
 _FRONT = re.compile(r"^\s*(?:\\\$|\$(?=[^$]*$)|US\$|(USD|EUR|euros|pounds sterling|yen|rupees|Rs\.?))\s*(?=[\d.])")
-_MODULO = re.compile(r"\s*\(?\s*\\?p?mod(?:ulo)?\s*[{(]?\s*(\w+)\s*[)}]?\s*\)?$")
+_MODULO = re.compile(r"\s*\(?\s*\\?[pb]?mod(?:ulo)?\s*[{(]?\s*(\w+)\s*[)}]?\s*\)?$")
 
 
 def _matrix(rows: str) -> str:
@@ -767,7 +770,7 @@ _WITHOUT = re.compile(r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\
 _LITTLE = r"(?:(?:there|it|that|this|is|are|was|has|have|the|an?|exactly) )*"  # an isosceles triangle, even function
 _NOUN = "(?:solutions?|numbers?|functions?|triangles?|days?|series|sequence|angles?|roots?|people|values?)"
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
-    r"\W*(?:[Oo]ption\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
+    r"\W*(?:(?:[Oo]ption|[Cc]hoice)\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
 )
 
 
@@ -856,6 +859,11 @@ def _interval(text: str) -> str:
     if points := _WITHOUT.fullmatch(text):
         ends = sorted(_pieces(points[1] or points[2]), key=lambda point: _value(point) or 0)
         return r"\cup".join(f"({a}, {b})" for a, b in itertools.pairwise([r"-\infty", *ends, r"\infty"]))
+    if size := re.fullmatch(r"\|[A-Za-z]\|\s*(<|>|\\[lg]e)\s*([^-+]+)", text):
+        (sign, end), strict = size.groups(), size[1] in "<>"
+        if sign in ("<", r"\le"):
+            return f"(-{end}, {end})" if strict else f"[-{end}, {end}]"
+        return rf"(-\infty, -{end}{')' if strict else ']'}\cup{'(' if strict else '['}{end}, \infty)"
     parts = _RELATION.split(text)  # value, sign, value, ...
     greater = {sign.startswith((">", "\\g")) for sign in parts[1::2]}
     if greater == {True}:  # read it from the other side

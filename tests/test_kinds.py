@@ -186,6 +186,11 @@ The chance is 5 out of 12. ||| \frac{5}{12}
 \boxed{\frac{\pi}{3} + m\pi, m \in \mathbb{Z}} ||| \frac{\pi}{3} + k\pi, k \in \mathbb{Z}
 \boxed{\text{The larger angle is } 125^\circ} ||| 125
 最后一共有31个。 ||| 31
+\boxed{\text{Choice D}} ||| D
+\boxed{25\ \mathrm{m^2}} ||| 25
+\boxed{4 \bmod 9} ||| 4
+\boxed{|x| < \sqrt{5}} ||| (-\sqrt{5}, \sqrt{5})
+\boxed{|t| \ge 2} ||| (-\infty, -2] \cup [2, \infty)
 综上所述，选C。 ||| C
 """
 WRONG = r"""
@@ -246,6 +251,8 @@ The answer is 4 if $k$ is even and 9 if $k$ is odd. ||| 4
 \boxed{p > q > r} ||| p < q < r
 \boxed{(3 \pm \sqrt{2}, 3 \pm \sqrt{2})} ||| (3+\sqrt{2}, 3-\sqrt{2})
 \boxed{9 \text{ to } 7} ||| 7:9
+\boxed{|x| \le \sqrt{5}} ||| (-\sqrt{5}, \sqrt{5})
+\boxed{|t| > 2} ||| (-\infty, -2] \cup [2, \infty)
 \boxed{x < 3 \text{ or } x = 8} ||| (-\infty, 3)
 """
 
