@@ -130,7 +130,8 @@ def scores(stages: list[Stage]) -> list[dict]:
     for one in found:
         same = longs[one["name"]]
         one["line"] = one["name"] if len(set(map(without_seed, same))) == 1 else without_seed(one["long"])
-        one["name"] = one["long"] if len(same) > 1 else one["name"]
+        if len(same) > 1 or one["long"] != without_seed(one["long"]):  # also what one seed alone has
+            one["name"] = one["long"]
         if one["sampling"] != found[0]["sampling"]:  # the table's head tells of the first
             one["name"] += f" ({one['sampling']})"
     return found
