@@ -183,6 +183,8 @@ The lines meet at (−6, 11). ||| (-6,11)
 The chance is 5 out of 12. ||| \frac{5}{12}
 \boxed{8^{\text{th}}} ||| 8
 \boxed{312 \text{ (base } 7)} ||| 312_7
+\boxed{312 \text{ base seven}} ||| 312_{7}
+\boxed{6 \text{ base units}} ||| 6
 \boxed{\frac{\pi}{3} + m\pi, m \in \mathbb{Z}} ||| \frac{\pi}{3} + k\pi, k \in \mathbb{Z}
 \boxed{\text{The larger angle is } 125^\circ} ||| 125
 最后一共有31个。 ||| 31
