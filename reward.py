@@ -560,7 +560,8 @@ def extract_answer(completion: str) -> str | None:
     text = text.rpartition("</think>")[2].strip() or text
     if "<think>" in text and "</think>" not in text:
         return None
-    text = _END.sub("", text)
+    if text.rstrip().endswith(">"):
+        text = _END.sub("", text)
     if found := answer_boxes(text):
         start, _, answer = found.pop()
         while answer and found and found[-1][2] and _AND.fullmatch(text, found[-1][1], start):
@@ -787,9 +788,9 @@ def _value(text: str) -> int | Fraction | None:
 
 def _equations_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
     """From either side, where both have a side that is worked out of letters: MR = SRMC, f = m a + b v."""
-    sides = [tuple(text.replace(" ", "") for text in (side.name, side.text)) for side in (answer, gold)]
-    if not all(map(all, sides)) or gold.value is not None:
+    if gold.value is not None or not (answer.name and gold.name):
         return None
+    sides = [tuple(text.replace(" ", "") for text in (side.name, side.text)) for side in (answer, gold)]
     if sides[0] == sides[1][::-1]:
         return True
     worked_out = sides[0][0] != sides[1][0] and re.search(r"[-+*/^]|\\frac", sides[0][0] + sides[1][0])
@@ -798,6 +799,8 @@ def _equations_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | N
 
 def _lists_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
     """Values that each have a name, in any order: x = 3, y = -4 for y = -4, x = 3."""
+    if "=" not in answer.whole or "=" not in gold.whole:
+        return None
     named = []
     for side in (answer, gold):
         pieces = [piece.partition("=") for piece in _pieces(side.whole)]
@@ -925,7 +928,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
         return False
     found = boxes(gold)
     gold = _read((found[-1][2] or "") if found else gold)
-    if gold.value is not None:  # 574 g; in a formula it is a variable
+    if gold.value is not None and not answer.isdigit():  # 574 g; in a formula it is a variable
         answer = re.sub(r"(?<=\d)\s+([gmshLlJNVWAK])(?=\W*$)", lambda m: " " + _LETTERS[m[1]], answer)
     answer = _read(answer)
     if not gold.text or (answer.units and gold.units and not answer.units & gold.units):  # 10 cents and 10 dollars
