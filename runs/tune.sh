@@ -57,6 +57,9 @@ print(max(Path(sys.argv[1]).glob("*/summary.json"), key=accuracy).parent.name)
 PY
 }
 
+# long_mapper LR: the mapper after 60, 120, 180 and 240 steps.
+long_mapper() { stage "mapper-$1-long" mapper_rl.py --task map --lr "$1" --steps 240 --export_every 60 "${RL[@]}"; }
+
 world "$SEED"
 
 if [ -z "${COMPARE:-}" ]; then
@@ -93,8 +96,7 @@ print(max(sys.argv[2:], key=chosen))
 PY
     }
     MAPPER=$(likeliest "${RL_LRS[@]/#/dart-}") && MAPPER="${MAPPER#dart-}"
-    stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 \
-        "${RL[@]}"
+    long_mapper "$MAPPER"
     for steps in 120 180 240; do
         rewrite "dart-$MAPPER-$steps" dart --mapper "$OUT/mapper-$MAPPER-long/model-000$steps"
     done
@@ -122,8 +124,7 @@ else
                 grid "$arm" "$OUT/${arm%_dft}/rewrite/train.jsonl" --loss dft
                 ;;
             dart_dft)  # on what the first part made, where that has run
-                stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 \
-                    "${RL[@]}"
+                long_mapper "$MAPPER"
                 rewrite "dart-$MAPPER-120" dart --mapper "$OUT/mapper-$MAPPER-long/model-000120"
                 grid dart_dft "$OUT/dart-$MAPPER-120/rewrite/train.jsonl" --loss dft
                 ;;
