@@ -18,7 +18,7 @@ Several models share one engine, whose weights are swapped (a second instead of 
 architecture. Rows are shared out over ranks, each with an engine of its own; graded rows are flushed to
 NAME/BENCHMARK.rank{r}.jsonl, and a run that is started again, on any number of ranks, does only what is missing.
 
-Rows of kind "code" have tests as their answer: a completion's program is run in a sandbox (`reward.py`, section 5). Of
+Rows of kind "code" have tests as their answer: a completion's program is run in a sandbox (`reward.py`, section 6). Of
 those avg@n, pass@n and greedy are the figures to read; equal votes are rare among programs.
 
 Left out: tensor parallelism (a model must fit one GPU), few-shot prompts, programs in other languages than Python.

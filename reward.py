@@ -1,13 +1,13 @@
-"""What a text is worth: how a problem is asked, how an answer is read, what a rewrite earns.
+"""What a text is worth: what a rewrite earns, how a problem is asked, how an answer is read.
 
-    1. prompts      the words in which a problem is put to a model
-    2. token ids    the same as ids; where an answer ends
-    3. reading      one spelling for characters and LaTeX, tokens, exact values of arithmetic
-    4. answers      completion -> answer -> right or wrong
-    5. programs     completion -> program -> whether its tests pass, in a sandbox
-    6. cheats       what a rewrite can do to look good without being good
-    7. kinds        what a problem of mathematics or of code asks for, and how its answers are read and judged
-    8. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
+    1. the reward   gate, alignment, penalty (DART, arXiv 2605.26924; the formula is our reconstruction)
+    2. prompts      the words in which a problem is put to a model
+    3. token ids    the same as ids; where an answer ends
+    4. reading      one spelling for characters and LaTeX, tokens, exact values of arithmetic
+    5. answers      completion -> answer -> right or wrong
+    6. programs     completion -> program -> whether its tests pass, in a sandbox
+    7. cheats       what a rewrite can do to look good without being good
+    8. kinds        what a problem of mathematics or of code asks for, and how its answers are read and judged
 
 Nothing but the standard library is imported at the top: grading runs in worker processes that run this file afresh, and
 a grader that first loads torch starts seconds late.
@@ -39,7 +39,82 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Prompts. The target is asked in exactly the same way in SFT, in scoring and in evaluation: base scores move by many
+# 1. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
+#    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
+#    but we could not read them: the formula is our reconstruction.
+
+# 0 or 1: worth nothing
+HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic", "hardcodes_tests")
+SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
+
+
+def mapper_reward(parts: dict, align: float, soft_weight: float, hard_weight: float) -> float:
+    """R = clean * (align - w_s * sum_k soft_k) - w_h * [a hard cheat]; `parts` is what `judge` returns.
+
+    Source: our reconstruction."""
+    soft = sum(parts[name] for name in SOFT)
+    return parts["clean"] * (align - soft_weight * soft) - hard_weight * parts["cheating"]
+
+
+def align_nll(A: float, A_expert: float, tau: float) -> float:
+    """sigmoid((A(y|x) - A(y°|x)) / tau), in (0, 1): how much likelier than the expert's text.
+
+    A are mean log-probabilities of a token in nats, tau > 0 likewise. Source: our reconstruction.
+    """
+    return 0.5 + 0.5 * math.tanh((A - A_expert) / (2 * tau))  # sigmoid(z) = 1/2 + 1/2 tanh(z/2), never overflows
+
+
+def align_gain(A: float, A_expert: float, tau: float) -> float:
+    """max(0, 2 sigmoid((A(y|x) - A(y°|x)) / tau) - 1), in [0, 1): as `align_nll`, but a copy of the expert's text gains
+    nothing and earns nothing. By `align_nll` it earns 0.5 without a risk, which a real mapper finds (results/real.md).
+
+    Source: ours."""
+    return max(0.0, 2 * align_nll(A, A_expert, tau) - 1)
+
+
+def align_kl(mapper_logprobs: typing.Sequence[float], target_logprobs: typing.Sequence[float], beta: float) -> float:
+    """1 - beta * clip(D, 0, 2), D = mean_t clip(log M(y_t|p,y_<t) - log pi(y_t|c,y_<t), -5, 5): one sample of
+    KL(M || pi), the mapper's own entropy included. Both: (T,) log-probabilities in nats of the rewrite's T >= 1 tokens
+    (ZeroDivisionError for none). Source: our reconstruction."""
+    gaps = [min(max(float(m) - float(t), -5.0), 5.0) for m, t in zip(mapper_logprobs, target_logprobs)]
+    return 1 - beta * min(max(sum(gaps) / len(gaps), 0.0), 2.0)
+
+
+def judge(
+    problem: str,
+    expert: str,
+    rewrite: str,
+    answer: str,
+    ended: bool,
+    correct: bool,
+    min_fidelity: float,
+    hard: typing.Sequence[str] = HARD,
+    kind: str = "math",
+) -> dict[str, float]:
+    """All that is to be known of a rewrite but its likelihood. Source: our reconstruction.
+
+    gate = ended, exactly one box (program), correct, the last arithmetic statement agrees with the box, fidelity >=
+    min_fidelity; a program's fidelity is 1. `hard` names the terms that count as hard cheats; another name is a
+    KeyError. All values are numbers: 0 or 1 for hard terms, one_answer, gate, cheating and clean; [0, 1] for soft
+    terms, fidelity and copy; a ratio of characters.
+    """
+    parts = cheats(problem, expert, rewrite, answer, kind)
+    found = KINDS[kind].found(rewrite)
+    parts["fidelity"], agrees = KINDS[kind].consistent(expert, rewrite)
+    parts["one_answer"] = float(len(found) == 1 and bool(found[0][2]))
+    gate = ended and correct and parts["one_answer"] and agrees and parts["fidelity"] >= min_fidelity
+    cheating = any(parts[name] for name in hard)
+    return parts | {
+        "gate": float(gate),
+        "cheating": float(cheating),
+        "clean": float(gate and not cheating),
+        "length_ratio": len(rewrite) / max(len(expert), 1),
+        "copy": _share(expert, rewrite, 4),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Prompts. The target is asked in exactly the same way in SFT, in scoring and in evaluation: base scores move by many
 #    points with the prompt, so a second wording anywhere would compare prompts and not methods.
 
 
@@ -67,7 +142,7 @@ def guided_prompt(problem: str, solution: str, kind: str = "math") -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Token ids. Training, scoring, rewriting and evaluation all turn text into ids here, and nowhere else.
+# 3. Token ids. Training, scoring, rewriting and evaluation all turn text into ids here, and nowhere else.
 
 # For every template: no thinking; and one date, since Llama 3.x writes today's into its prompt: a model that is trained
 # today would be evaluated tomorrow under another prompt.
@@ -167,7 +242,7 @@ def check_same_tokenizer(one, other) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. Reading. Characters and LaTeX get one spelling, the text becomes tokens, and what is arithmetic has an exact value.
+# 4. Reading. Characters and LaTeX get one spelling, the text becomes tokens, and what is arithmetic has an exact value.
 #    Answers and the arithmetic inside of rewrites are read by the same few functions.
 
 _CHARACTERS = str.maketrans(
@@ -456,7 +531,7 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Answers. An answer is found in the completion, both answers are read (one spelling; name and unit apart), and the
+# 5. Answers. An answer is found in the completion, both answers are read (one spelling; name and unit apart), and the
 #    first kind that knows them compares them: number, base, option, word, interval. What is left is a formula: those go
 #    to math-verify, which may hang: only ever in worker processes, which die when their time is up.
 #    Not read, on purpose: decimals for a root or \pi, a unit's other unit (1.5 hours and 90 minutes), 42 for 52_8.
@@ -1014,7 +1089,7 @@ def _ask(pair: tuple[str, str]) -> bool | str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Programs. The answer to a problem of the kind "code" is the last closed ```python block of a completion. What is
+# 6. Programs. The answer to a problem of the kind "code" is the last closed ```python block of a completion. What is
 #    gold is a test program that runs behind it. Three walls stand between a program and a pass that it did not earn:
 #
 #    the machine   bubblewrap: an empty system (interpreter, libraries, private /tmp; no /proc, /dev, /etc or home), no
@@ -1348,11 +1423,8 @@ def _quick_program(completion: str, tests: str) -> bool | tuple[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Cheats. What a rewrite can do to look good without being good, one named term each.
+# 7. Cheats. What a rewrite can do to look good without being good, one named term each.
 
-# 0 or 1: worth nothing
-HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic", "hardcodes_tests")
-SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
 # results of a text, tokens of a side: more are not looked at, it would take more than linear time
 _MOST, _LONG = 1000, 200
 
@@ -1891,7 +1963,7 @@ def _code_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Kinds. The one place that knows what a row's `kind` changes.
+# 8. Kinds. The one place that knows what a row's `kind` changes.
 
 _CHECK = re.compile(r"\b(?:check|verif|to confirm)", re.I)
 
@@ -2016,77 +2088,6 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str, kind: str = "ma
     Source: our reconstruction; the paper (DART, arXiv 2605.26924) says that there is a penalty of cheats.
     """
     return dict.fromkeys((*HARD, *SOFT), 0.0) | KINDS[kind].cheats(problem, expert, rewrite, answer)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 8. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
-#    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
-#    but we could not read them: the formula is our reconstruction.
-
-
-def judge(
-    problem: str,
-    expert: str,
-    rewrite: str,
-    answer: str,
-    ended: bool,
-    correct: bool,
-    min_fidelity: float,
-    hard: typing.Sequence[str] = HARD,
-    kind: str = "math",
-) -> dict[str, float]:
-    """All that is to be known of a rewrite but its likelihood. Source: our reconstruction.
-
-    gate = ended, exactly one box (program), correct, the last arithmetic statement agrees with the box, fidelity >=
-    min_fidelity; a program's fidelity is 1. `hard` names the terms that count as hard cheats; another name is a
-    KeyError. All values are numbers: 0 or 1 for hard terms, one_answer, gate, cheating and clean; [0, 1] for soft
-    terms, fidelity and copy; a ratio of characters.
-    """
-    parts = cheats(problem, expert, rewrite, answer, kind)
-    found = KINDS[kind].found(rewrite)
-    parts["fidelity"], agrees = KINDS[kind].consistent(expert, rewrite)
-    parts["one_answer"] = float(len(found) == 1 and bool(found[0][2]))
-    gate = ended and correct and parts["one_answer"] and agrees and parts["fidelity"] >= min_fidelity
-    cheating = any(parts[name] for name in hard)
-    return parts | {
-        "gate": float(gate),
-        "cheating": float(cheating),
-        "clean": float(gate and not cheating),
-        "length_ratio": len(rewrite) / max(len(expert), 1),
-        "copy": _share(expert, rewrite, 4),
-    }
-
-
-def align_nll(A: float, A_expert: float, tau: float) -> float:
-    """sigmoid((A(y|x) - A(y°|x)) / tau), in (0, 1): how much likelier than the expert's text.
-
-    A are mean log-probabilities of a token in nats, tau > 0 likewise. Source: our reconstruction.
-    """
-    return 0.5 + 0.5 * math.tanh((A - A_expert) / (2 * tau))  # sigmoid(z) = 1/2 + 1/2 tanh(z/2), never overflows
-
-
-def align_gain(A: float, A_expert: float, tau: float) -> float:
-    """max(0, 2 sigmoid((A(y|x) - A(y°|x)) / tau) - 1), in [0, 1): as `align_nll`, but a copy of the expert's text gains
-    nothing and earns nothing. By `align_nll` it earns 0.5 without a risk, which a real mapper finds (results/real.md).
-
-    Source: ours."""
-    return max(0.0, 2 * align_nll(A, A_expert, tau) - 1)
-
-
-def align_kl(mapper_logprobs: typing.Sequence[float], target_logprobs: typing.Sequence[float], beta: float) -> float:
-    """1 - beta * clip(D, 0, 2), D = mean_t clip(log M(y_t|p,y_<t) - log pi(y_t|c,y_<t), -5, 5): one sample of
-    KL(M || pi), the mapper's own entropy included. Both: (T,) log-probabilities in nats of the rewrite's T >= 1 tokens
-    (ZeroDivisionError for none). Source: our reconstruction."""
-    gaps = [min(max(float(m) - float(t), -5.0), 5.0) for m, t in zip(mapper_logprobs, target_logprobs)]
-    return 1 - beta * min(max(sum(gaps) / len(gaps), 0.0), 2.0)
-
-
-def mapper_reward(parts: dict, align: float, soft_weight: float, hard_weight: float) -> float:
-    """R = clean * (align - w_s * sum_k soft_k) - w_h * [a hard cheat]; `parts` is what `judge` returns.
-
-    Source: our reconstruction."""
-    soft = sum(parts[name] for name in SOFT)
-    return parts["clean"] * (align - soft_weight * soft) - hard_weight * parts["cheating"]
 
 
 if __name__ == "__main__":
