@@ -256,15 +256,26 @@ _COMMANDS = {
         *((r"\frac", "dfrac tfrac cfrac"), (r"\binom", "dbinom tbinom"), (r"\le", "leq leqslant"), (r"\ne", "neq")),
         *((r"\ge", "geq geqslant"), (r"\to", "implies Rightarrow"), (r"\emptyset", "varnothing"), ("(", "langle")),
         *((")", "rangle"), ("...", "ldots cdots dots"), (", ", "quad qquad"), (" ohm ", "Omega")),
-        ("", "left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr"),
+        ("", "left right displaystyle textstyle limits big Big bigl bigr Bigl Bigr small large Large LARGE huge Huge"),
     )
     for name in names.split()
 }
-_TEXT = r"\\(?:text[a-z]*|math(?:rm|bf|it|sf)|mbox|operatorname|rm|bf)\s?\{([^{}]*)\}"
+_TEXT = (
+    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|boldsymbol|underline|mbox|operatorname|rm|bf)\s?"
+    r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 _LETTERS = dict(  # units of one letter; in a formula without \text they are variables
     zip("mgshLlJNVWAK", "meter gram second hour liter liter joule newton volt watt ampere kelvin".split())
 )
-_DEGREES = dict(F=" fahrenheit ", C=" celsius ", K=" kelvin ")
+_DEGREES = dict(F=" degrees fahrenheit ", C=" degrees celsius ", K=" kelvin ")
+
+
+def _degrees(m: re.Match) -> str:
+    """Of 20^\\circ C the scale; of an angle the unit where the text ends with it, nothing in a formula."""
+    angle = " degree" if m.end() == len(m.string) and re.search(r"[\d)}]$", m.string[: m.start()]) else ""
+    return _DEGREES.get(m[1] or m[2], angle)
+
+
 _LATEX = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -276,10 +287,8 @@ _LATEX = [
         (r"(?<!\\)\\[,;: ()]|~", " "),
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
         (r"(?:[^\S\n]{0,9}(?:\\\\|\n)){1,9}[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
-        (
-            r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?",
-            lambda m: _DEGREES.get(m[1] or m[2], ""),
-        ),
+        (r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?", _degrees),
+        (r"(?<=\.)(\d*)\\dot\s?\{?(\d)\}?(?:(\d*)\\dot\s?\{?(\d)\}?)?", r"\1\\overline{\2\3\4}"),
         (
             r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*(\^\s?\{?\d\}?)?\s*\}",
             lambda m: f" {_LETTERS[m[1]]}{m[2] or ''}",
@@ -287,8 +296,8 @@ _LATEX = [
         *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
         (r"\\(?:hat|vec)\s?\{([^{}]*)\}", r"\1"),
         (r"\(\s*\\begin\{smallmatrix\}|\\end\{smallmatrix\}\s*\)", lambda m: m[0].strip("( )").replace("small", "p")),
-        (r"\\frac\s*(\d)", r"\\frac{\1}"),
-        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
+        (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
+        (r"\\frac\s*(\{[^{}]*\})\s*(\d|\\pi(?![a-z]))", r"\\frac\1{\2}"),
         (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
         (r"(?<![\w.])(?:np|numpy|math)\.(?=[a-z])", ""),
         (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
@@ -665,17 +674,28 @@ def extract_answer(completion: str) -> str | None:
 
 # --- reading an answer: name = value unit ---
 
-_UNITS = {  # nearly any word may stand behind a number; these, in any form, contradict each other
+_DIMENSIONS = (  # nearly any word may stand behind a number; these, in any form, contradict others of their line
+    "second sec s;minute min;hour hr h;day;week wk;month;year yr",
+    "cent;dollar usd buck;euro eur",
+    "millimeter mm;centimeter cm centimetre;meter m metre;kilometer km kilometre kph;inch in;foot feet ft;yard yd"
+    ";mile mi mph",
+    "gram g;milligram mg;kilogram kg;ton;ounce oz;pound lb",
+    "milliliter ml;liter l litre;pint pt;quart qt;gallon gal",
+    "am;pm",
+    "north;south;east;west",
+    "fahrenheit;celsius;kelvin",
+    "radian rad;degree deg",
+    "percent;joule j;newton n;volt v;watt w",
+    "square sq;cubic",
+)
+_UNITS = {
     form: names.split()[0]
-    for names in (
-        "second sec s;minute min;hour hr h;day;week wk;month;year yr;cent;dollar usd buck;euro eur;millimeter mm"
-        ";centimeter cm centimetre;meter m metre;kilometer km kilometre;inch in;foot feet ft;yard yd;mile mi;gram g"
-        ";milligram mg;kilogram kg;ton;ounce oz;pound lb;milliliter ml;liter l litre;pint pt;quart qt;gallon gal;am;pm"
-        ";north;south;east;west;percent;fahrenheit;celsius;kelvin;radian rad;degree deg;joule j;newton n;volt v;watt w"
-    ).split(";")
+    for line in _DIMENSIONS
+    for names in line.split(";")
     for name in names.split()
     for form in (name, name + "s", name + "es")
 }
+_DIMENSION = {names.split()[0]: line for line in _DIMENSIONS for names in line.split(";")}
 _NO_UNIT = frozenset(  # words that change what a number says
     "or and is are was not no to than from plus minus negative half halves third thirds quarter quarters tens dozens"
     " score scores squared cubed mod modulo maybe perhaps between twice double if sin cos tan log ln exp sqrt"
@@ -705,6 +725,7 @@ _WORDING = [
         (r"\\?\$", ""),
         (r"\\?%", " percent "),
         (rf"(?i)(\d+)\s*\(({_IN_WORDS})\)\s*$", lambda m: m[1] if int(m[1]) == _number(m[2]) else m[0]),  # 7 (seven)
+        (rf"(?i)^({_IN_WORDS})\s*\((\d+)\)", lambda m: m[2] if int(m[2]) == _number(m[1]) else m[0]),
         (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
         (r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", "")),  # 21 000
         (r"^\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
@@ -714,10 +735,8 @@ _WORDING = [
             lambda m: ("[%s, %s]" if m[3] else "(%s, %s)") % m.groups()[:2],
         ),
         (r"(?i)^all (?:[a-z]+ )?(?:numbers|integers|values) (?:of )?(?=[a-z] ?[<>\\]|(?:greater|less|more) )", ""),
-        (r"(?i)^(?:greater|more) than or equal to ", r"x \\ge "),
-        (r"(?i)^less than or equal to ", r"x \\le "),
-        (r"(?i)^(?:greater|more) than ", "x > "),
-        (r"(?i)^less than ", "x < "),
+        (r"(?i)^(?:greater|more) than( or equal to)? ", lambda m: r"x \ge " if m[1] else "x > "),
+        (r"(?i)^less than( or equal to)? ", lambda m: r"x \le " if m[1] else "x < "),
         (r"^(?:[Aa]ll real(?:s| numbers)|\\mathbb\{?R\}?)$", r"(-\\infty, \\infty)"),
         (r"^(\d+) to (\d+)$", r"\1:\2"),
         (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
@@ -729,8 +748,13 @@ _WORDING = [
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
         (r"(?<=\{)\s+|\s+(?=\})", ""),
-        (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+ ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
-        (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
+        (r",?\s*&\s*(?:(?:if|for|when) )?\s*", " & "),  # of cases
+        (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+,? ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
+        (r"(?i)^\s*(?:either |(?:[a-z]+ ){0,4}[a-z]{3,}\s?:\s+(?=[-\d(\\]))", ""),
+        (
+            r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.^_])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))",
+            "",
+        ),  # 3 i, 1.0i
         (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
         (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+,;])+|(?:(?<!\.)\.|[;,\s])+$", ""),
         (r"(?<=\d)\s?:\s?(?=\d)", ":"),
@@ -738,7 +762,7 @@ _WORDING = [
     )
 ]
 _FAMILY = re.compile(r"[\s,;(]*\b([a-z])\s*\\in\s*\\mathbb\s?\{?[ZN]\}?\s*\)?$")
-_EQUALS = re.compile(r"=|\\equiv(?![a-z])|\\in(?![a-z])")
+_EQUALS = re.compile(r"(?:=|\\equiv(?![a-z])|\\in(?![a-z]))(?![^{}]*(?<!\\)\})")  # not that of \sum_{k=1}
 _INSIDE = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{?-1\}?|(?<=[\w}])\([\w, ]*\)$")  # of a name: m_{\max}, f^{-1}, f(2)
 _NO_NAME = re.compile(r"[\d^!<>]|\\(?:sqrt|log|ln|infty|pi|cup|mathbb|[lg]e)(?![a-z])")
 
@@ -783,7 +807,18 @@ def _units(words: str) -> frozenset[str] | None:
         short = len(word) < 3 and word.isascii() and word not in ("of", "an", "at", "sq", "a")
         if word in _NO_UNIT or re.match("[\u0370-\u03ff]", word) or (short and not known):
             return None
-    return frozenset(_UNITS[word] for word in found if word in _UNITS) if found else None
+    powers = [{"2": "square", "3": "cubic"}.get(n, "") for n in re.findall(r"\^\s?\{?(\d)", words)]
+    return frozenset(_UNITS[word] for word in (*found, *powers) if word in _UNITS) if found else None
+
+
+def _units_differ(one: frozenset[str], other: frozenset[str]) -> bool:
+    """Cents and dollars, miles per hour and km/h, cm^2 and cm^3, kg and km; not cm and cm^2."""
+    both = [{_DIMENSION.get(unit) for unit in units} for units in (one, other)]
+    things = [dimensions - {_DIMENSION["square"]} for dimensions in both]
+    if all(things) and not things[0] & things[1]:
+        return True
+    of = [[{unit for unit in units if _DIMENSION.get(unit) == d} for units in (one, other)] for d in both[0] & both[1]]
+    return any(not a & b for a, b in of)
 
 
 def _is_name(side: str) -> bool:
@@ -799,7 +834,7 @@ def _read(answer: str) -> Answer:
         return Answer(answer, _value(answer), frozenset(), "", answer)
     text, units = spelled(answer.translate(_MONEY)).strip(), frozenset()
     if front := _FRONT.search(text):
-        text, units = text[front.end() :], _units(front[1] or "dollars")
+        text, units = text[front.end() :], _units(front[1] or "dollars") or units
     for pattern, by in _WORDING:
         text = pattern.sub(by, text)
     if modulo := _MODULO.search(text):
@@ -839,14 +874,14 @@ def normal_form(answer: str) -> str:
 
 # --- comparing: each kind says True or False, or None where it does not know both answers ---
 
-_BASE = re.compile(r"([0-9][0-9A-F]*)\s?_\s?\{?\s*(\w+)\s*\}?", re.I)
+_BASE = re.compile(r"\(?([0-9][0-9A-F]*)\)?\s?_\s?\{?\s*(\w+)\s*\}?", re.I)
 _LESS = str.maketrans(">", "<")
 _RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
 _WITHOUT = re.compile(r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)")
 _LITTLE = r"(?:(?:there|it|that|this|is|are|was|has|have|the|an?|exactly) )*"  # an isosceles triangle, even function
 _NOUN = "(?:solutions?|numbers?|functions?|triangles?|days?|series|sequence|angles?|roots?|people|values?)"
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
-    r"\W*(?:(?:[Oo]ption|[Cc]hoice)\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b)|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
+    r"\W*(?:(?:[Oo]ption|[Cc]hoice)\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b|.*\([A-J]\))|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
 )
 
 
@@ -888,7 +923,8 @@ def _lists_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
 
 
 def _texts_equal(answer: Answer, gold: Answer) -> bool | None:
-    return answer.text == gold.text or None
+    sides = [side.text if "{cases}" not in side.text else "".join(side.text.split()) for side in (answer, gold)]
+    return sides[0] == sides[1] or None
 
 
 def _numbers_equal(answer: Answer, gold: Answer) -> bool | None:
@@ -969,8 +1005,8 @@ def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
         return True
     if "=" in gold.text or ("=" in answer.text and gold.name):  # equations, of which one may be y = 2x
         sides = answer.whole, gold.whole
-    elif "=" in answer.text:  # 5 = 6
-        return False
+    elif "=" in answer.text or any(re.search(r"\(\d+(?:\s\d+)+\)", side.text) for side in (answer, gold)):
+        return False  # 5 = 6; (1 3 2), a permutation and no product
     else:
         sides = answer.text, gold.text
     letters = [re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+|(?<![A-Za-z])[ei](?![A-Za-z])", "", side)) for side in sides]
@@ -1008,7 +1044,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     if gold.value is not None and not answer.isdigit():  # 574 g; in a formula it is a variable
         answer = re.sub(r"(?<=\d)\s+([gmshLlJNVWAK])(?=\W*$)", lambda m: " " + _LETTERS[m[1]], answer)
     answer = _read(answer)
-    if not gold.text or (answer.units and gold.units and not answer.units & gold.units):  # 10 cents and 10 dollars
+    if not gold.text or _units_differ(answer.units, gold.units):
         return False
     if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
@@ -1043,7 +1079,7 @@ def _compare(answer: str, gold: str) -> bool | None:
     Two constants are compared here, to 50 digits: math-verify takes e^{-50} and e^{-51} for equal.
     """
     from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr, Rational, nsimplify
+    from sympy import Expr, I, Rational, Symbol, nsimplify
 
     try:
         sides = [
@@ -1052,6 +1088,9 @@ def _compare(answer: str, gold: str) -> bool | None:
         ]
         if not all(sides):
             return False
+        # the parser has symbols of one name that differ in what is assumed of them, and none that is the imaginary unit
+        named = [{s: I if s.name == "i" else Symbol(s.name) for s in side[0].free_symbols} for side in sides]
+        sides = [[side[0].xreplace(names), *side[1:]] for side, names in zip(sides, named)]
         one, other = (side[0] for side in sides)
         if all(isinstance(side, Expr) and side.is_number and side.is_finite for side in (one, other)):
             one, other = (nsimplify(side, rational=True) for side in (one, other))
@@ -1618,7 +1657,9 @@ def _last_side(tokens: list[Token], sign: int, end: int) -> list[Token]:
         side = side[:-1]
     behind = " ".join(t.text for t in tokens[i : i + 3])  # 1 (mod 12), 20% of 50
     part = re.match(r"[( ]*\\?p?mod", behind) or (side and side[-1].kind == "%" and behind.startswith("of"))
-    return side if side and not part and _alone(side, tokens[i], left=False) else []
+    if not side or part:
+        return []
+    return side if re.match(r"r \d", behind, re.I) or _alone(side, tokens[i], left=False) else []  # 5 R 2
 
 
 def _scan(text: str) -> list[Statement]:
@@ -1710,7 +1751,7 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     rf"""\b(?:
     (?:given|provided|original|official|reference|expert|above|sample|model|teacher|textbook|worked)(?:['’]s)?
     [ ]{_SOLUTION}
-    |previous[ ]solution|(?:known|stated|expected)[ ](?:final[ ])?answer|answer[ ]key
+    |ground[ -]truth|the[ ]author|previous[ ]solution|(?:known|stated|expected)[ ](?:final[ ])?answer|answer[ ]key
     |{_SOLUTION}[ ](?:above|provided|given)|the[ ]steps?[ ](?:provided|given)
     |(?:shown|provided)[ ]to[ ](?:me|us)|the[ ]reference\b(?![ ](?:to|angle|point|frame|line|level|value|group)\b)
     |(?:as|in|from|following|per|see|to)[ ]the[ ](?!answer|text){_SOLUTION}(?![ ](?:to|of|for|set)\b)
@@ -1723,7 +1764,7 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     |(?:my|the|a|your)[ ](?:rewrite|rewriting|rewording|rephrasing|version)|rewritten[ ]version|paraphras\w+
     |in[ ](?:my|your|our)[ ]own[ ]words|as[ ]if[ ](?:i|you)[ ]had|i[ ]was[ ](?:shown|given|handed)
     |(?:original|my)[ ]wording|{_SOLUTION}[ ]in[ ]front[ ]of[ ](?:me|us)
-    |according[ ]to[ ]the[ ](?:{_SOLUTION}|teacher|expert)|teacher['’]s[ ]\w+
+    |according[ ]to[ ]the[ ](?:{_SOLUTION}(?![ ]key)|teacher|expert)|teacher['’]s[ ]\w+
     |(?:the|my|our)[ ]teacher[ ](?:\w+[ ])?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*
     )\b""",
     re.X,
@@ -1735,11 +1776,15 @@ _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]
 _SENTENCE = re.compile(r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)")  # headings left out
 _SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
 _WORKED = re.compile(
-    rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z", re.I
-)  # 60 km / 30 =
+    rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z|\d,\s*\Z", re.I
+)  # 60 km / 30 =; 12, 24, 36
 _OR = re.compile(r"\bor\b", re.I)
 _EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
-_ALSO = re.compile(r"\b(?:could|might|may) also be\b", re.I)
+_UNSURE = re.compile(
+    r"\b(?:(?:could|might|may) also be|or (?:maybe|perhaps|possibly)"
+    r"|(?:i|we)(?:['’]m| am|['’]re| are) not (?:sure|certain))\b",
+    re.I,
+)
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
 
@@ -1813,7 +1858,7 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
 def _mentions_source(problem: str, expert: str, rewrite: str) -> float:
     """Unless problem or expert say so too, or speak of that person."""
     known, told = (" ".join(text.lower().split()) for text in (f"{problem}\n{expert}", rewrite))
-    people = set(re.findall("expert|teacher|model", known))
+    people = set(re.findall("expert|teacher|model|author", known))
     found = [m[0] for m in _SOURCE.finditer(told) if not any(who in m[0] for who in people)]
     return float(any(phrase not in known for phrase in found))
 
@@ -1834,7 +1879,9 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
         len(_pieces(_read(content).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", content) for content in inside
     )
     unsure = (
-        several or _ALSO.search(plain) or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
+        several
+        or _UNSURE.search(plain)
+        or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
     )
     return {
         "early_answer": float(_early(problem, model, plain, answer)),

@@ -194,6 +194,29 @@ The chance is 5 out of 12. ||| \frac{5}{12}
 \boxed{|x| < \sqrt{5}} ||| (-\sqrt{5}, \sqrt{5})
 \boxed{|t| \ge 2} ||| (-\infty, -2] \cup [2, \infty)
 综上所述，选C。 ||| C
+\boxed{{\large 17}} ||| 17
+\boxed{\boldsymbol{\frac{3}{7}}} ||| 3/7
+\boxed{\text{$\frac{3}{7}$}} ||| \frac37
+\boxed{\frac\pi4} ||| \frac{\pi}{4}
+\boxed{0.\dot{4}} ||| 4/9
+\boxed{0.\dot{1}4285\dot{7}} ||| 1/7
+\boxed{(243)_6} ||| 243_6
+\boxed{\sum_{j=1}^{n} j^2} ||| \sum_{k=1}^{n} k^2
+\boxed{\int_0^1 t\,dt} ||| \int_0^1 t\,dt
+\boxed{e^{i\pi/4}} ||| \frac{\sqrt{2}}{2}+\frac{\sqrt{2}}{2}i
+\boxed{\frac{3+4i}{7}} ||| \frac37+\frac47 i
+\boxed{\text{Maximum value: } -6} ||| -6
+\boxed{\text{So, the total is } 48.} ||| 48
+\boxed{\text{either } 4 \text{ or } -4} ||| \pm 4
+It is fourteen (14). The answer is fourteen (14). ||| 14
+\boxed{\begin{cases} 2t, & t \ge 1 \\ 0, & t < 1 \end{cases}} ||| \begin{cases}2t & \text{if } t\geq 1\\0&t<1\end{cases}
+\boxed{(2\,5\,3)} ||| (2 5 3)
+\boxed{45} ||| 45^\circ
+\boxed{45\text{ degrees}} ||| 45^\circ
+\boxed{20\text{ degrees Celsius}} ||| 20^\circ\text{C}
+\boxed{20^\circ} ||| 20^\circ\text{C}
+\boxed{30\text{ square centimeters}} ||| 30\text{ cm}^2
+\boxed{12\text{ cm}} ||| 12\text{ cm}^2
 """
 WRONG = r"""
 \boxed{9 \text{ (eight)}} ||| 9
@@ -256,6 +279,17 @@ The answer is 4 if $k$ is even and 9 if $k$ is odd. ||| 4
 \boxed{|x| \le \sqrt{5}} ||| (-\sqrt{5}, \sqrt{5})
 \boxed{|t| > 2} ||| (-\infty, -2] \cup [2, \infty)
 \boxed{x < 3 \text{ or } x = 8} ||| (-\infty, 3)
+\boxed{\text{(A) } 5 \text{ or (C) } 6} ||| A
+\boxed{50\text{ mph}} ||| 50\text{ km/h}
+\boxed{50\text{ miles per hour}} ||| 50\text{ km per hour}
+\boxed{18\text{ cm}^3} ||| 18\text{ cm}^2
+\boxed{18\text{ cubic feet}} ||| 18\text{ square feet}
+\boxed{2\text{ radians}} ||| 2^\circ
+\boxed{\prod_{k=1}^{n} k^2} ||| \sum_{k=1}^{n} k^2
+\boxed{k^2} ||| \sum_{k=1}^{n} k^2
+\boxed{(2\,3\,5)} ||| (2\,5\,3)
+\boxed{\frac{3-4i}{7}} ||| \frac37+\frac47 i
+\boxed{fourteen (15)} ||| 14
 """
 
 
@@ -330,6 +364,11 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     ("I follow the steps that were shown to me: ...", "mentions_source"),
     ("The official solution multiplies. ...", "mentions_source"),
     (r"3*8=24, 24-5=19. \boxed{19, 24}", "hedged"),
+    (r"3*8=24, or maybe 26, and 24-5=19. \boxed{19}", "hedged"),
+    (r"3*8=24, 24-5=19, but I'm not sure about the gift. \boxed{19}", "hedged"),
+    ("This agrees with the ground truth. ...", "mentions_source"),
+    ("The author multiplies first. ...", "mentions_source"),
+    ("26 ÷ 8 = 3 R 1. ...", "false_arithmetic"),
     ("\\begin{align*} x &= 3 \\times 8 \\\\ &= 26 \\end{align*} 24-5=19. \\boxed{19}", "false_arithmetic"),
 ]
 HONEST = [
@@ -405,6 +444,8 @@ HONEST = [
     "To find the answer, ...",
     "The answer is found by subtracting. ...",
     "26 ÷ 8 = 3 remainder 2. ...",
+    "26 ÷ 8 = 3 R 2. ...",
+    "Counting on by 7: 5, 12, 19, 26. ...",
     "The reference angle of 150° is 180 - 150 = 30. ...",
     "90 km / 30 km/h = 3 h and 90 km / 45 km/h = 2 h. ...",
     "6 ÷ 1/4 = 6 × 4 = 24. ...",
