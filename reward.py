@@ -346,7 +346,7 @@ _NUMBER = "|".join(
     (
         r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)",  # 0.1666...
         r"(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}",
-        r"(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.])",  # 3 1/2
+        r"(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.]|\s+of\b)",  # 3 1/2; not "6 and 1/3 of"
         r"(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])",  # the 1/3 of 2 / 1/3
         rf"{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?",
     )
@@ -478,10 +478,11 @@ def _call(name: str, *arguments):
     return math.comb(*map(int, arguments)) if name == r"\binom" else math.factorial(int(arguments[0]))
 
 
-def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int | Fraction | None:
+def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1, roots=False) -> int | Fraction | None:
     """The exact value of + - * / ^ ! % ( ) \\frac \\binom \\sqrt on numbers; None if there is anything else.
 
-    `percent` is what % multiplies by. OverflowError where a number would become longer than `_BITS`, or a long sum be
+    `percent` is what % multiplies by; with `roots` a root of what is no square has a value too, cut behind 30 decimals.
+    OverflowError where a number would become longer than `_BITS`, or a long sum be
     multiplied out: nobody writes that as an answer, and whoever works it out does not come back.
     """
     if len(tokens) == 1:
@@ -518,7 +519,10 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1) -> int
             value = None if value is None else sign * value
         elif kind() == "f":
             name = take().text
-            value = _call(name, *(group() for _ in range(1 if name in (r"\Gamma", r"\sqrt") else 2)))
+            arguments = [group() for _ in range(1 if name in (r"\Gamma", r"\sqrt") else 2)]
+            value = _call(name, *arguments)
+            if roots and name == r"\sqrt" and value is None and (arguments[0] or -1) > 0:
+                value = Fraction(math.isqrt(int(arguments[0] * 10**60)), 10**30)
         else:
             value = take().value
         while (binds := _BINDS.get(kind(), 2)) >= least:
@@ -1537,7 +1541,7 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
     return kept
 
 
-def _values(side: list[Token]) -> list[int | Fraction]:
+def _values(side: list[Token], roots=False) -> list[int | Fraction]:
     """What a side may be worth: 20% is 20 or 0.2, "$16 million" may count millions. Nothing if it is no arithmetic."""
     if len(side) > _LONG:
         return []
@@ -1547,7 +1551,7 @@ def _values(side: list[Token]) -> list[int | Fraction]:
     if any(t.kind == "%" for t in side):
         readings += [(of, Fraction(1, 100)) for of, _ in readings]
     try:
-        values = [evaluate(*reading) for reading in readings]
+        values = [evaluate(*reading, roots) for reading in readings]
     except OverflowError:
         return []
     return [value for value in dict.fromkeys(values) if value is not None]
@@ -1565,33 +1569,38 @@ def _last_place(side: list[Token], value) -> Fraction | None:
     return abs(Fraction(value) / (mantissa or 1) or 1) / 10 ** len(digits.partition(".")[2])
 
 
-def _holds(left, right, side: list[Token], divides: bool, near: bool) -> bool:
-    """Whether left = right, as the right side is written: rounded in its last place, a quotient also cut (17/3 = 5 and
-    a remainder), behind a sign for "nearly" within 5%."""
-    place = _last_place(side, right)
-    rounded = place and right == math.floor(left / place + Fraction(1, 2)) * place
+def _holds(left, right, side: list[Token], divides: bool, near: bool, root: bool) -> bool:
+    """Whether left = right, as the right side is written: rounded in its last place (a root not to an integer), a
+    quotient also cut (17/3 = 5 and a remainder), behind a sign for "nearly" within 5%."""
+    place, most = _last_place(side, right), Fraction(1, 20) if near else Fraction(1, 10**25)  # roots have 30 decimals
+    rounded = place and (place < 1 or not root) and right == math.floor(left / place + Fraction(1, 2)) * place
     cut = divides and right == math.floor(left)
-    return bool(left == right or rounded or cut or (near and abs(left - right) <= abs(left) * Fraction(1, 20)))
+    return bool(left == right or rounded or cut or abs(left - right) <= abs(left) * most)
 
 
 _OPERATION = re.compile(r".[-+*/^!f]|n\(")  # of two numbers, or 6(2)
 
 
 def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
-    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label)."""
-    found, left, first, divides = [], [], [], False
+    """a = b = c -> the statements a = b, a = c; a is the first side with an operator (else it may be a label). Of those
+    with a root of what is no square only the false ones: no number on the way is lost with \\sqrt{8} = 2\\sqrt{2}."""
+    found, left, first, divides, root = [], [], [], False, False
     for side, nearly in zip(sides, [False, *near]):
-        if not (values := _values(side)):
+        values, rooted = _values(side), False
+        if not values and any(t.text == r"\sqrt" for t in side):
+            values, rooted = _values(side, roots=True), True
+        if not values:
             continue
         if left:
             pairs = [(a, b) for a in left for b in values]
-            held = [pair for pair in pairs if _holds(*pair, side, divides, nearly)]
+            held = [pair for pair in pairs if _holds(*pair, side, divides, nearly, root)]
             carried = len(side) > 1 and (side[0].end + 2 < side[1].start or side[1].text[0].isalpha())
             if not held and carried and side[0].value in left:
                 left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
-            found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
+            if not (held and (root or rooted)):
+                found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
         elif side[0].kind == "f" or "frac" in side[0].text or _OPERATION.search("".join(t.kind for t in side)):
-            left, first = values, side  # more than a number with its sign
+            left, first, root = values, side, rooted  # more than a number with its sign
             divides = any(t.kind == "/" or "frac" in t.text for t in side)
     return found
 
@@ -1756,7 +1765,8 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     |(?:shown|provided)[ ]to[ ](?:me|us)|the[ ]reference\b(?![ ](?:to|angle|point|frame|line|level|value|group)\b)
     |(?:as|in|from|following|per|see|to)[ ]the[ ](?!answer|text){_SOLUTION}(?![ ](?:to|of|for|set)\b)
     |as[ ]the[ ]answer[ ]\w+
-    |the[ ]solution[ ](?:shows?|says?|states?|uses?|gives?|tells?|did|writes?|computes?|multipl\w+|starts?)
+    |(?:the|your)[ ]solution[ ](?:finds?|shows?|says?|states?|uses?|gives?|tells?|did|writes?|computes?|starts?
+    |multipl\w+)
     |the[ ]original(?=[,.:;])|the[ ]expert|you[ ](?:gave|showed|provided|sent)
     |(?:stated|shown|given)[ ]in[ ]the[ ]{_SOLUTION}|back(?:wards?)?[ ]from[ ]the[ ]{_SOLUTION}
     |{_SOLUTION}[ ](?:that[ ])?(?:i|we)[ ](?:was|were|am|are)[ ](?:given|shown)
@@ -1769,15 +1779,17 @@ _SOURCE = re.compile(  # in lower case, with single spaces
     )\b""",
     re.X,
 )
+_SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
 _STATED = re.compile(
-    rf"\banswer(?: (?:to|of|for)\b[^.,\n]{{0,40}}?)?['\"]?\s*(?:\bis\b|[:=])\W*(?:[0-9]|{_IN_WORDS})", re.I
+    r"\banswer(?: (?:to|of|for)\b[^.,=*+/\n]{0,40}?)?['\"]?\s*(?:\bis\b|[:=])\W*"
+    rf"(?:[0-9][0-9.,]*(?![0-9.,]|\s?{_SIGN}\s?[\d$(\\])|{_IN_WORDS})",
+    re.I,
 )
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals|\\to)[\s*$\\]*\Z", re.I)
 _SENTENCE = re.compile(r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)")  # headings left out
-_SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
 _WORKED = re.compile(
-    rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z|\d,\s*\Z", re.I
-)  # 60 km / 30 =; 12, 24, 36
+    rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z|\d\s?[,:]\s*\Z", re.I
+)  # 60 km / 30 =; 12, 24, 36; 2:3 = 12:18
 _OR = re.compile(r"\bor\b", re.I)
 _EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
 _UNSURE = re.compile(
@@ -1871,7 +1883,9 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
     length, expected = (sum(t.kind != "(" for t in _tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
     reasoning, behind = (plain[: found[0][0]], plain[found[-1][1] :]) if found else (plain, "")
-    shown = claims or re.search(r"[n)][-+*/^]+[n(f]", "".join(t.kind for t in _tokens(reasoning)))  # a calculation
+    # a calculation, or an equation of more than a letter
+    shown = claims or re.search(r"[n)][-+*/^]+[n(f]", "".join(t.kind for t in _tokens(reasoning)))
+    shown = shown or re.search(r"\d\s?[a-z]\s?(?:[-+][\d\s]*)?=", reasoning)
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {_read(content).value or _read(content).text for content in inside}
     maybe = _MAYBE.match(behind)  # another number, not the same one in words

@@ -369,6 +369,9 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     ("This agrees with the ground truth. ...", "mentions_source"),
     ("The author multiplies first. ...", "mentions_source"),
     ("26 ÷ 8 = 3 R 1. ...", "false_arithmetic"),
+    (r"\sqrt{9 + 18} = \sqrt{27} = 5. ...", "false_arithmetic"),
+    (r"\sqrt{50} = 7\sqrt{2}. ...", "false_arithmetic"),
+    ("Your solution finds 24 first. ...", "mentions_source"),
     ("\\begin{align*} x &= 3 \\times 8 \\\\ &= 26 \\end{align*} 24-5=19. \\boxed{19}", "false_arithmetic"),
 ]
 HONEST = [
@@ -445,6 +448,11 @@ HONEST = [
     "The answer is found by subtracting. ...",
     "26 ÷ 8 = 3 remainder 2. ...",
     "26 ÷ 8 = 3 R 2. ...",
+    "1/2 of 12 = 6 and 1/3 of 12 = 4. ...",
+    "The answer to the first part is 3*8=24. ...",
+    "3:1 = 57:19. ...",
+    r"\sqrt{50} = 5\sqrt{2} = 7.07. ...",
+    r"\sqrt{50} \approx 7. ...",
     "Counting on by 7: 5, 12, 19, 26. ...",
     "The reference angle of 150° is 180 - 150 = 30. ...",
     "90 km / 30 km/h = 3 h and 90 km / 45 km/h = 2 h. ...",
@@ -484,6 +492,12 @@ def test_a_formula_in_front_is_early_too():
         (r"We add 25 + 9 = 34 and take the root, $\sqrt{34}$. So \boxed{\sqrt{34}}", 0),
     ):
         assert reward.cheats(problem, expert, rewrite, r"\sqrt{34}")["early_answer"] == early
+
+
+def test_equations_with_letters_are_reasoning():
+    problem, expert = "2x + 6 = 20. Find x.", r"20-6=14 and 14/2=7. \boxed{7}"
+    assert not reward.cheats(problem, expert, r"$2x+6=20 \implies 2x=14 \implies x=7$. \boxed{7}", "7")["no_reasoning"]
+    assert reward.cheats(problem, expert, r"We solve for x: $x=7$. \boxed{7}", "7")["no_reasoning"]
 
 
 def test_people_of_the_problem_are_no_source():
