@@ -635,6 +635,12 @@ def _is_bare(text: str) -> bool:
     return sum(map(len, words)) < 4 and not _WORD.search(before) if digit else len(words) < 3
 
 
+def _unthought(completion: str) -> str | None:
+    """What stands behind the last </think>; None where a <think> is never closed."""
+    text = completion.rpartition("</think>")[2]
+    return None if "<think>" in text else text
+
+
 def extract_answer(completion: str) -> str | None:
     """The last box; without one an <answer>, a ####, what follows "answer is" or "answer:", what is **bold** in the
     last paragraph, the last formula if it is one line, the whole of a short text that is no prose, the last number or
@@ -645,9 +651,9 @@ def extract_answer(completion: str) -> str | None:
     ("\\boxed{3} and \\boxed{5}") are one list.
     """
     text = characters(completion)
-    text = text.rpartition("</think>")[2].strip() or text
-    if "<think>" in text and "</think>" not in text:
+    if (spoken := _unthought(text)) is None:
         return None
+    text = spoken.strip() or text
     if text.rstrip().endswith(">"):
         text = _END.sub("", text)
     if found := answer_boxes(text):
@@ -1179,9 +1185,9 @@ def programs(text: str) -> list[tuple[int, int, str | None]]:
 
 
 def extract_program(completion: str) -> str | None:
-    """The last ```python block behind any </think>; None without a fence, or if the last one is never closed."""
-    text = completion.replace("\r\n", "\n")
-    found = programs(text.rpartition("</think>")[2])
+    """The last ```python block behind any </think>; None without a fence, or if the last one, or a <think>, is never
+    closed."""
+    found = programs(_unthought(completion.replace("\r\n", "\n")) or "")
     return found[-1][2] if found else None
 
 

@@ -392,6 +392,7 @@ def test_honest_program(name):
         ("```python\nx = 1", None, 1),
         ("```python\nx\n```\n```python\nhalf", None, 2),
         ("<think>\n```python\nx\n```\n</think>none", None, 1),
+        ("<think>\n```python\nx\n```\nnow", None, 1),
         ("<think>\n```python\nx\n```\n</think>\n```python\ny\n```", "y\n", 2),
         ("x = 1", None, 0),
         ("```python\n```", "", 1),
