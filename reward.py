@@ -1576,12 +1576,15 @@ def _last_place(side: list[Token], value) -> Fraction | None:
 
 
 def _holds(left, right, side: list[Token], divides: bool, near: bool, root: bool) -> bool:
-    """Whether left = right, as the right side is written: rounded in its last place (a root not to an integer), a
-    quotient also cut (17/3 = 5 and a remainder), behind a sign for "nearly" within 5%."""
-    place, most = _last_place(side, right), Fraction(1, 20) if near else Fraction(1, 10**25)  # roots have 30 decimals
-    rounded = place and (place < 1 or not root) and right == math.floor(left / place + Fraction(1, 2)) * place
+    """Whether left = right, as the right side is written: rounded in its last place (a root by at most 3%), a quotient
+    also cut (17/3 = 5 and a remainder), behind a sign for "nearly" within 5%."""
+    place, off = _last_place(side, right), abs(left - right)
+    rounded = (
+        place and right == math.floor(left / place + Fraction(1, 2)) * place and not (root and 100 * off > 3 * left)
+    )
     cut = divides and right == math.floor(left)
-    return bool(left == right or rounded or cut or abs(left - right) <= abs(left) * most)
+    least = abs(left) * (Fraction(1, 20) if near else Fraction(1, 10**25))  # roots have 30 decimals
+    return bool(rounded or cut or off <= least)
 
 
 _OPERATION = re.compile(r".[-+*/^!f]|n\(")  # of two numbers, or 6(2)
@@ -1626,8 +1629,8 @@ def _within(side: list[Token], opening: str, closing: str) -> list[Token]:
 
 def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     """Whether the outer side of an equation is all there is, or only part of a larger expression."""
-    if beside.kind == "_":  # 4 (5+3) = 32, but "= 16 (-1)^2 = 1"; not 18 000
-        return not left and beside.text == "("
+    if beside.kind == "_":  # 4 (5+3) = 32, but "= 16 (-1)^2 = 1"; not 18 000, nor (1+2)^2 (1+2)
+        return not left and beside.text == "(" and all(t.kind != ")" for t in side)
     if beside.kind == ";" or beside.text in ("([{\"'<" if left else ")]}\"'>"):
         return True
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):

@@ -453,6 +453,7 @@ HONEST = [
     "3:1 = 57:19. ...",
     r"\sqrt{50} = 5\sqrt{2} = 7.07. ...",
     r"\sqrt{50} \approx 7. ...",
+    r"(\sqrt{2} + \sqrt{3})^3 = (\sqrt{2} + \sqrt{3})^2 (\sqrt{2} + \sqrt{3}). ...",
     "Counting on by 7: 5, 12, 19, 26. ...",
     "The reference angle of 150° is 180 - 150 = 30. ...",
     "90 km / 30 km/h = 3 h and 90 km / 45 km/h = 2 h. ...",
