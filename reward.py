@@ -758,7 +758,10 @@ _WORDING = [
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
         (r"(?<=\{)\s+|\s+(?=\})", ""),
-        (r",?\s*&\s*(?:(?:if|for|when) )?\s*", " & "),  # of cases
+        (
+            r",?\s*&\s*(?:(?:if|for|when) )?\s*|[,.]?\s*(?=\\\\|\\end\{c)",
+            lambda m: " & " if "&" in m[0] else " ",
+        ),  # of cases
         (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+,? ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
         (r"(?i)^\s*(?:either |(?:[a-z]+ ){0,4}[a-z]{3,}\s?:\s+(?=[-\d(\\]))", ""),
         (
