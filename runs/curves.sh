@@ -4,7 +4,7 @@
 #     end and learning begin?
 #   - DART from the mapper after 20, 40, 60, 80 and 120 steps, over seconds and tokens, beside direct GRPO's curve
 # K = 8, and 0 and 120 steps, are arms of runs/toy.sh. The table grows in out/toy/report.md; the figures are in
-# out/toy/curves.svg.
+# out/toy/report.svg.
 #
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/curves.sh; done
 if [ $# -gt 0 ]; then echo "runs/curves.sh takes no arguments" && exit 2; fi

@@ -1,4 +1,4 @@
-"""The table of the toy world: every seed under out/toy -> report.md (to read) and report.json (the figures' data).
+"""The tables of the toy world: every seed under out/toy -> report.md, report.svg (to read) and report.json (the data).
 
     python runs/toy_report.py [out/toy]
 
@@ -273,24 +273,27 @@ def collect(seed: Path) -> dict:
     return told | {"world": world, "arms": arms, "grpo_curve": curve, "dart": dart, "ablations": ablations}
 
 
-def draw_curves(by_curve: dict, grpo: list[dict]) -> str:
-    """SVG: accuracy, clean rows and A over K; accuracy over seconds and tokens, a line for each seed of direct GRPO."""
+def draw(kept: list[dict]) -> str:
+    """SVG: accuracy, clean rows and A over K; accuracy over seconds and tokens, of DART by its mapper's steps beside
+    direct GRPO; all arms over seconds. A line or a point for each seed; curves are of the seeds that have them."""
+    with_curves = [one for one in kept if one.get("curves")]
 
-    def line(curve: str, x: str, y: str, scale: float = 1.0) -> tuple[list, list]:
-        found = [points for (name, _), points in by_curve.items() if name == curve]
-        means = [[float(np.mean([point[name] for point in points])) for points in found] for name in (x, y)]
-        return means[0], [scale * value for value in means[1]]
+    def lines(label: str, curve: str, x: str, y: str, scale: float) -> list[tuple]:
+        found = [[point for point in one["curves"] if point["curve"] == curve] for one in with_curves]
+        return [(label, [point[x] for point in of], [scale * point[y] for point in of]) for of in found]
 
     panels = []
     for y, scale, title in (("average", 100, "accuracy, %"), ("clean rows", 100, "clean rows, %"), ("A", 1, "A")):
-        mappers = [(f"{m} mapper", *line(m, "at", y, scale)) for m in ("untrained", "trained")]
-        panels.append((title, "K, rewrites to choose from", mappers))
-    for x, title in (("seconds", "seconds"), ("generated_tokens", "generated tokens")):
-        lines = [("DART, mapper's steps", *line("step", x, "average", 100))]
-        for seed in dict.fromkeys(point["seed"] for point in grpo):
-            own = [point for point in grpo if point["seed"] == seed]
-            lines.append(("direct GRPO", [p[x] for p in own], [100 * p["average"] for p in own]))
-        panels.append(("accuracy, %", title, lines))
+        both = [line for name in ("untrained", "trained") for line in lines(f"{name} mapper", name, "at", y, scale)]
+        panels.append((title, "K, rewrites to choose from", both))
+    for x in ("seconds", "generated_tokens"):
+        both = lines("DART, mapper's steps", "step", x, "average", 100)
+        for one in with_curves or kept:
+            points = one["grpo_curve"]
+            both.append(("direct GRPO", [p[x] for p in points], [100 * p["average"] for p in points]))
+        panels.append(("accuracy, %", x.replace("_", " "), both))
+    arms = [(arm, [of["seconds"]], [100 * of["average"]]) for one in kept for arm, of in one["arms"].items()]
+    panels.append(("accuracy of all arms, %", "seconds", arms))
     return figure(panels, columns=3)
 
 
@@ -397,17 +400,17 @@ def main():
             )
         head = ["curve", "K or step", "seeds", "average", "clean rows", "A", "seconds", "generated tokens"]
         lines += table(head, rows)
-        write_text(out / "curves.svg", draw_curves(by_curve, curves))
     if ablations:
         lines += ["One part of the reward changed at a time:", ""]
         rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
         lines += table(["", *ablations], rows)
     text = "\n".join(lines)
     write_text(out / "report.md", text)
+    write_text(out / "report.svg", draw(list(kept.values())))
     data = {"arms": arms, "grpo_curve": curves, "dart": checks, "ablations": ablations}
     data["curves"] = [point for points in by_curve.values() for point in points]
     write_text(out / "report.json", json.dumps(data, indent=1))
-    print(f"\n{text}\nwrote {out / 'report.md'} and {out / 'report.json'}")
+    print(f"\n{text}\nwrote report.md, report.svg (figures) and report.json in {out}")
     dist.destroy_process_group()
 
 
