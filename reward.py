@@ -1057,7 +1057,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     if gold.value is not None and not answer.isdigit():  # 574 g; in a formula it is a variable
         answer = re.sub(r"(?<=\d)\s+([gmshLlJNVWAK])(?=\W*$)", lambda m: " " + _LETTERS[m[1]], answer)
     answer = _read(answer)
-    if not gold.text or _units_differ(answer.units, gold.units):
+    if not gold.text or (answer.units and gold.units and _units_differ(answer.units, gold.units)):
         return False
     if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
