@@ -96,6 +96,7 @@ if [ -n "${ABLATE:-}" ]; then
     ablation no-false-arithmetic "--hard_cheats early_answer no_reasoning mentions_source hedged"
     ablation no-fidelity "--min_fidelity 0"
     ablation no-gate "" "--gate False"
+    ablation no-gate-no-penalty "--hard_cheats none --soft_weight 0" "--gate False"
     ablation kl "" "--align kl"
     ablation nll "" "--align nll"
     ablation group "" "--align group"
