@@ -269,13 +269,6 @@ _LETTERS = dict(  # units of one letter; in a formula without \text they are var
 )
 _DEGREES = dict(F=" degrees fahrenheit ", C=" degrees celsius ", K=" kelvin ")
 
-
-def _degrees(m: re.Match) -> str:
-    """Of 20^\\circ C the scale; of an angle the unit where the text ends with it, nothing in a formula."""
-    angle = " degree" if m.end() == len(m.string) and re.search(r"[\d)}]$", m.string[: m.start()]) else ""
-    return _DEGREES.get(m[1] or m[2], angle)
-
-
 _LATEX = [
     (re.compile(pattern), by)
     for pattern, by in (
@@ -287,7 +280,11 @@ _LATEX = [
         (r"(?<!\\)\\[,;: ()]|~", " "),
         (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
         (r"(?:[^\S\n]{0,9}(?:\\\\|\n)){1,9}[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
-        (r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?", _degrees),
+        (r"(?<=[\d)}])\^\s?(?:\{\\circ\}|\\circ)\Z", " degree"),  # the unit of an angle; nothing in a formula
+        (
+            r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?",
+            lambda m: _DEGREES.get(m[1] or m[2], ""),
+        ),
         (r"(?<=\.)(\d*)\\dot\s?\{?(\d)\}?(?:(\d*)\\dot\s?\{?(\d)\}?)?", r"\1\\overline{\2\3\4}"),
         (
             r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*(\^\s?\{?\d\}?)?\s*\}",
@@ -482,8 +479,8 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1, roots=
     """The exact value of + - * / ^ ! % ( ) \\frac \\binom \\sqrt on numbers; None if there is anything else.
 
     `percent` is what % multiplies by; with `roots` a root of what is no square has a value too, cut behind 30 decimals.
-    OverflowError where a number would become longer than `_BITS`, or a long sum be
-    multiplied out: nobody writes that as an answer, and whoever works it out does not come back.
+    OverflowError where a number would become longer than `_BITS`, or a long sum be multiplied out: nobody writes that
+    as an answer, and whoever works it out does not come back.
     """
     if len(tokens) == 1:
         return tokens[0].value
@@ -758,10 +755,8 @@ _WORDING = [
         (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
         (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
         (r"(?<=\{)\s+|\s+(?=\})", ""),
-        (
-            r",?\s*&\s*(?:(?:if|for|when) )?\s*|[,.]?\s*(?=\\\\|\\end\{c)",
-            lambda m: " & " if "&" in m[0] else " ",
-        ),  # of cases
+        (r",?\s*&\s*(?:(?:if|for|when) )?\s*", " & "),  # x, & if x > 0, \\ of cases
+        (r"[,.]?\s*(?=\\\\[^&]*&|\\end\{c)", " "),
         (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+,? ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
         (r"(?i)^\s*(?:either |(?:[a-z]+ ){0,4}[a-z]{3,}\s?:\s+(?=[-\d(\\]))", ""),
         (
@@ -1578,16 +1573,15 @@ def _last_place(side: list[Token], value) -> Fraction | None:
     return abs(Fraction(value) / (mantissa or 1) or 1) / 10 ** len(digits.partition(".")[2])
 
 
-def _holds(left, right, side: list[Token], divides: bool, near: bool, root: bool) -> bool:
+def _holds(left, right, side: list[Token], divides: bool, near: bool, roots: bool) -> bool:
     """Whether left = right, as the right side is written: rounded in its last place (a root by at most 3%), a quotient
-    also cut (17/3 = 5 and a remainder), behind a sign for "nearly" within 5%."""
-    place, off = _last_place(side, right), abs(left - right)
-    rounded = (
-        place and right == math.floor(left / place + Fraction(1, 2)) * place and not (root and 100 * off > 3 * left)
-    )
+    also cut (17/3 = 5 and a remainder), behind a sign for "nearly" within 5%; irrational roots are cut."""
+    place, off, size = _last_place(side, right), abs(left - right), abs(left)
+    rounded = place and right == math.floor(left / place + Fraction(1, 2)) * place
+    if roots:
+        rounded = off * 10**25 <= size or (rounded and 100 * off <= 3 * size)
     cut = divides and right == math.floor(left)
-    least = abs(left) * (Fraction(1, 20) if near else Fraction(1, 10**25))  # roots have 30 decimals
-    return bool(rounded or cut or off <= least)
+    return bool(left == right or rounded or cut or (near and 20 * off <= size))
 
 
 _OPERATION = re.compile(r".[-+*/^!f]|n\(")  # of two numbers, or 6(2)
@@ -1605,7 +1599,7 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
             continue
         if left:
             pairs = [(a, b) for a in left for b in values]
-            held = [pair for pair in pairs if _holds(*pair, side, divides, nearly, root)]
+            held = [pair for pair in pairs if _holds(*pair, side, divides, nearly, root or rooted)]
             carried = len(side) > 1 and (side[0].end + 2 < side[1].start or side[1].text[0].isalpha())
             if not held and carried and side[0].value in left:
                 left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
