@@ -88,7 +88,7 @@ for suite in "${SUITES[@]}"; do SUITE_FILES+=("$WORLD/$suite.jsonl"); done
 rm -f "$OUT/eval/seconds" # there may be more models than last time; those that are done are skipped
 stage eval evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
 
-# --- ablations: DART with one part of its reward changed (where a cheat is allowed, rewriting allows it too) ---
+# --- ablations: DART with a part of its reward changed, in one two (where a cheat is allowed, rewriting allows it too) ---
 ablation() { dart "ablation/$1" "${@:2}"; MODELS+=("$1=$OUT/ablation/$1/sft/model"); }
 if [ -n "${ABLATE:-}" ]; then
     MODELS=("dart=$OUT/dart/sft/model")
