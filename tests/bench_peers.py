@@ -1,19 +1,21 @@
-"""Ours beside TRL 1.16 and vLLM: same model, rows, lengths, dtype (fp32), processes and threads, on a CPU, in turn.
+"""Ours beside TRL 1.16 and vLLM: same model, rows, lengths, dtype, processes and threads, in turn.
 
     python tests/bench_peers.py --data gsm8k_train.jsonl                    # all that is below; 40 minutes
     python tests/bench_peers.py --data gsm8k_train.jsonl --what sft --vocab 151936 --rows 16 --rounds 1
     python tests/bench_peers.py --data gsm8k_train.jsonl --model FOLDER     # a pretrained one
 
-    sft     one epoch of GSM8K demonstrations in batches of 8: sft.py, TRL's SFTTrainer padded and packed
+    sft     one epoch of GSM8K demonstrations in batches of --batch: sft.py, TRL's SFTTrainer padded and packed
     grpo    steps of 64 completions: rollout, update and sync of mapper_rl.py, TRL's GRPOTrainer with its HF generation,
             and with vLLM in its process, if that starts
     engine  what evaluate.py and rewrite.py take for the same requests as vLLM's own `generate`
 
 A random Qwen3 of 3.2 million weights and a byte-level tokenizer are made for it; only the number of rows of its
 embedding changes with --vocab. TRL gets an environment of its own in OUT/peer, on top of this one. Each measurement is
-a fresh run of two processes with a thread each. Times are those of the steps, without start and saving. `limit` is the
-share of what this machine reaches in a large fp32 product that is measured at the start of the same process, the
-operations being those of a model that computes every token once: 6 a weight and token, attention, no padding.
+a fresh run: on a CPU of two processes with a thread each, in fp32; on one GPU of one process, in bf16 with fp32 master
+weights (TRL's `bf16=True`). Times are those of the steps, without start and saving. `limit` is the share of what this
+machine reaches in a large product of that dtype, measured at the start of the same process, the operations being those
+of a model that computes every token once: 6 a weight and token, attention, no padding. Memory is the process's, or
+what PyTorch allocated of the GPU's.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-BATCH, GROUPS, GROUP_SIZE = 8, 8, 8
+GROUPS, GROUP_SIZE = 8, 8
 TRL = ["trl==1.16.0", "accelerate==1.15.0"]
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 
@@ -71,21 +73,43 @@ def operations(config, lengths: list[tuple[int, int]]) -> float:
 
 
 def gflops() -> float:
-    """10^9 operations a second of this process in a large fp32 product, with the other processes at the same."""
+    """10^9 operations a second of this process in a large product, with the other processes at the same."""
     import torch
 
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+    size, where = (8192, dict(device="cuda", dtype=torch.bfloat16)) if torch.cuda.is_available() else (1536, {})
+    a, b = torch.randn(size, size, **where), torch.randn(size, size, **where)
     times = []
     for _ in range(12):
         start = time.perf_counter()
         a @ b
+        wait()
         times.append(time.perf_counter() - start)
-    return 2 * 1536**3 / statistics.median(times) / 1e9
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def wait() -> None:
+    """Until the GPU has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peer_flags() -> dict:
+    """Of TRL's trainers: where they compute and in what."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return dict(use_cpu=not cuda, bf16=cuda, fp16=False, optim="adamw_torch_fused")
 
 
 def tell(out: str, **figures) -> None:
     """This rank's figures, for the parent to read."""
+    import torch
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
     text = json.dumps(figures | {"peak_mib": peak})
     Path(out, f"told-{os.environ['RANK']}.json").write_text(text)
 
@@ -97,7 +121,7 @@ def ours_sft(a) -> None:
 
     speed = gflops()
     out = Path(a.out, "run")
-    flags = dict(model=a.model, data=a.rows_file, output_dir=out, epochs=1, batch_size=BATCH, lr=1e-4, log_every=1)
+    flags = dict(model=a.model, data=a.rows_file, output_dir=out, epochs=1, batch_size=a.batch, lr=1e-4, log_every=1)
     flags |= dict(save_every=0, max_length=2048, micro_batch_tokens=a.micro_batch_tokens)
     sys.argv = ["sft.py", *(w for k, v in flags.items() for w in (f"--{k}", str(v)))]
     sft.main()
@@ -116,6 +140,7 @@ def timed_steps(trainer) -> list[float]:
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
+            wait()
             times.append(time.perf_counter() - self.start)
 
     trainer.add_callback(Clock())
@@ -147,10 +172,10 @@ def trl_sft(a) -> None:
     flags = dict(
         output_dir=a.out, num_train_epochs=1, learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1
     )
-    flags |= dict(per_device_train_batch_size=BATCH // world if not a.packed else max(1, BATCH // world // 2))
-    flags |= dict(max_length=1024 if a.packed else 2048, packing=a.packed, completion_only_loss=True, use_cpu=True)
-    flags |= dict(bf16=False, fp16=False, gradient_checkpointing=False, report_to="none", save_strategy="no")
-    flags |= dict(model_init_kwargs={"dtype": "float32"}, optim="adamw_torch_fused", disable_tqdm=True)
+    flags |= dict(per_device_train_batch_size=a.batch // world if not a.packed else max(1, a.batch // world // 2))
+    flags |= dict(max_length=1024 if a.packed else 2048, packing=a.packed, completion_only_loss=True)
+    flags |= dict(gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
+    flags |= dict(model_init_kwargs={"dtype": "float32"}, **peer_flags())
     trainer = SFTTrainer(a.model, args=SFTConfig(**flags), train_dataset=data, processing_class=tokenizer)
     trainer.add_callback(Losses())
     times = timed_steps(trainer)
@@ -188,7 +213,8 @@ def ours_grpo(a) -> None:
     times = []
     for step in range(a.steps):
         clock = [time.perf_counter()]
-        mapper_rl.sync_weights(policy, llm, torch.float32)
+        mapper_rl.sync_weights(policy, llm, mapper_rl.compute_dtype(device))
+        wait()
         clock.append(time.perf_counter())
         places = list(range(step * GROUPS, (step + 1) * GROUPS))
         mine = list(range(GROUPS))[rank::world]
@@ -198,6 +224,7 @@ def ours_grpo(a) -> None:
         generator = random.Random(step)
         rollouts = [r | {"advantage": generator.gauss(0, 1)} for r in rollouts]
         mapper_rl.update(policy, None, optimizer, rollouts, config, vocab, device)
+        wait()
         clock.append(time.perf_counter())
         times.append([b - a for a, b in zip(clock, clock[1:])])
     sync, rollout, update = (statistics.mean(t[k] for t in times[1:]) for k in range(3))
@@ -220,11 +247,11 @@ def trl_grpo(a) -> None:
     def chance(completions, **_) -> list[float]:
         return [random.random() for _ in completions]
 
-    flags = dict(output_dir=a.out, max_steps=a.steps, learning_rate=1e-4, lr_scheduler_type="constant", use_cpu=True)
+    flags = dict(output_dir=a.out, max_steps=a.steps, learning_rate=1e-4, lr_scheduler_type="constant", **peer_flags())
     flags |= dict(per_device_train_batch_size=GROUPS * GROUP_SIZE // world, num_generations=GROUP_SIZE, beta=0.0)
-    flags |= dict(max_completion_length=a.completion, temperature=1.0, top_k=0, bf16=False, fp16=False)
+    flags |= dict(max_completion_length=a.completion, temperature=1.0, top_k=0)
     flags |= dict(gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
-    flags |= dict(model_init_kwargs={"dtype": "float32"}, optim="adamw_torch_fused", shuffle_dataset=False)
+    flags |= dict(model_init_kwargs={"dtype": "float32"}, shuffle_dataset=False)
     if a.vllm:
         flags |= dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
@@ -305,15 +332,18 @@ def peer_python(out: Path) -> str:
 
 
 def measure(python: str, child: str, out: Path, **flags) -> dict | None:
-    """Runs a child in two processes and returns what they tell: the slowest's seconds, the largest's memory."""
+    """Runs a child in its processes and returns what they tell: the slowest's seconds, the largest's memory."""
+    import torch
+
+    cuda = torch.cuda.is_available()
     folder = out / "now"
     subprocess.run(["rm", "-rf", folder], check=True)
     folder.mkdir(parents=True)
     words = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    launch = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={1 if cuda else 2}"]
     command = [*launch, __file__, "--child", child, "--out", str(folder), *words]
     env = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    env |= dict(OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU="true")
+    env |= dict(OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU=str(not cuda).lower())
     with open(out / "log.txt", "a") as log:
         done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     told = [json.loads(path.read_text()) for path in sorted(folder.glob("told-*.json"))]
@@ -352,6 +382,7 @@ def main():
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="of GRPO; the first is not counted")
+    parser.add_argument("--batch", type=int, default=8, help="demonstrations in a batch of SFT")
     parser.add_argument("--micro_batch_tokens", type=int, default=4096)
     parser.add_argument("--rollouts_per_row", type=int, default=8)
     parser.add_argument("--out", default="out/peers")
@@ -378,7 +409,8 @@ def main():
     chosen = Path(a.data).read_text(encoding="utf-8").splitlines()[: a.rows]
     rows_file.write_text("".join(line + "\n" for line in chosen))
     rows = [json.loads(line) for line in chosen]
-    print(f"{len(rows)} rows, {a.rounds} rounds, {torch.backends.cpu.get_cpu_capability()}", flush=True)
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    print(f"{len(rows)} rows, {a.rounds} rounds, {machine}", flush=True)
 
     def keep(row: dict) -> None:
         with open(out / "results.jsonl", "a") as file:
@@ -406,7 +438,7 @@ def main():
         if "sft" in a.what:
             pairs = [reward.text_ids(tokenizer, row["problem"], row["solution"]) for row in rows]
             lengths = [(len(p) + len(r), len(r)) for p, r in pairs]
-            data = flags | dict(rows_file=rows_file)
+            data = flags | dict(rows_file=rows_file, batch=a.batch)
             systems = {"sft.py": (own, "ours_sft", data), "TRL, padded": (trl, "trl_sft", data)}
             systems["TRL, packed"] = (trl, "trl_sft", data | dict(packed=True))
             title = f"SFT, {shape['vocab_size']} columns, {sum(t for t, _ in lengths)} tokens"
