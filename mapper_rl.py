@@ -2,7 +2,7 @@ r"""Stage 1: GRPO, written by hand. Trains the mapper (task="map"), or the targe
 
 task="map"    the policy M reads problem and expert solution, p(x, y°), and writes a rewrite y. The reward asks whether
               y is right, honest, and natural for the frozen target π: see `reward.judge` and `reward.mapper_reward`.
-              (DART, arXiv 2605.26924. We could read its abstract only; the reward's formula is our reconstruction.)
+              (DART, arXiv 2605.26924. We know its abstract and references; the reward's formula is our reconstruction.)
 task="solve"  the policy reads the plain question and is rewarded for a right answer: direct RL, the baseline. Where
               --hard_cheats are named, a right answer that cheats earns nothing.
 

@@ -5,7 +5,7 @@
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/compare.sh; done
 #
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
-# further arms were chosen by `COMPARE=1 bash runs/tune.sh` on seed 100, all with 400 steps (results/tune.md). Arms named
+# further arms are those that `COMPARE=1 bash runs/tune.sh` chose in the first world (results/tune.md). Arms named
 # *_filtered apply DART's hard cheats to texts of another source, at that arm's learning rate; dart_kl is DART with the
 # other alignment, at DART's rates. The rft arms have rows of the problems only that the base solves, the others of all.
 if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines of arms that you do not want" && exit 2; fi
