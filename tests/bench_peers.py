@@ -22,7 +22,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -76,7 +75,7 @@ def gflops() -> float:
     """10^9 operations a second of this process in a large product, with the other processes at the same."""
     import torch
 
-    size, where = (8192, dict(device="cuda", dtype=torch.bfloat16)) if torch.cuda.is_available() else (1536, {})
+    size, where = (8192, dict(device="cuda", dtype=torch.bfloat16)) if on_gpu() else (1536, {})
     a, b = torch.randn(size, size, **where), torch.randn(size, size, **where)
     times = []
     for _ in range(12):
@@ -87,29 +86,34 @@ def gflops() -> float:
     return 2 * size**3 / statistics.median(times) / 1e9
 
 
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def wait() -> None:
     """Until the GPU has done what it was given."""
     import torch
 
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.synchronize()
 
 
-def peer_flags() -> dict:
-    """Of TRL's trainers: where they compute and in what."""
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return dict(use_cpu=not cuda, bf16=cuda, fp16=False, optim="adamw_torch_fused")
+def peer_flags(a) -> dict:
+    """What both of TRL's trainers are told."""
+    flags = dict(output_dir=a.out, learning_rate=1e-4, lr_scheduler_type="constant", optim="adamw_torch_fused")
+    flags |= dict(use_cpu=not on_gpu(), bf16=on_gpu(), fp16=False, model_init_kwargs={"dtype": "float32"})
+    return flags | dict(gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
 
 
 def tell(out: str, **figures) -> None:
     """This rank's figures, for the parent to read."""
     import torch
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**20
+    import mapper_rl
+
+    peak = mapper_rl.peak_memory(torch.device("cuda" if on_gpu() else "cpu")) / 2**20
     text = json.dumps(figures | {"peak_mib": peak})
     Path(out, f"told-{os.environ['RANK']}.json").write_text(text)
 
@@ -169,13 +173,9 @@ def trl_sft(a) -> None:
             if logs and "loss" in logs:
                 losses.append(logs["loss"])
 
-    flags = dict(
-        output_dir=a.out, num_train_epochs=1, learning_rate=1e-4, lr_scheduler_type="constant", logging_steps=1
-    )
+    flags = peer_flags(a) | dict(num_train_epochs=1, logging_steps=1)
     flags |= dict(per_device_train_batch_size=a.batch // world if not a.packed else max(1, a.batch // world // 2))
     flags |= dict(max_length=1024 if a.packed else 2048, packing=a.packed, completion_only_loss=True)
-    flags |= dict(gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
-    flags |= dict(model_init_kwargs={"dtype": "float32"}, **peer_flags())
     trainer = SFTTrainer(a.model, args=SFTConfig(**flags), train_dataset=data, processing_class=tokenizer)
     trainer.add_callback(Losses())
     times = timed_steps(trainer)
@@ -247,11 +247,9 @@ def trl_grpo(a) -> None:
     def chance(completions, **_) -> list[float]:
         return [random.random() for _ in completions]
 
-    flags = dict(output_dir=a.out, max_steps=a.steps, learning_rate=1e-4, lr_scheduler_type="constant", **peer_flags())
+    flags = peer_flags(a) | dict(max_steps=a.steps, shuffle_dataset=False)
     flags |= dict(per_device_train_batch_size=GROUPS * GROUP_SIZE // world, num_generations=GROUP_SIZE, beta=0.0)
     flags |= dict(max_completion_length=a.completion, temperature=1.0, top_k=0)
-    flags |= dict(gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True)
-    flags |= dict(model_init_kwargs={"dtype": "float32"}, shuffle_dataset=False)
     if a.vllm:
         flags |= dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.3)
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
@@ -333,17 +331,14 @@ def peer_python(out: Path) -> str:
 
 def measure(python: str, child: str, out: Path, **flags) -> dict | None:
     """Runs a child in its processes and returns what they tell: the slowest's seconds, the largest's memory."""
-    import torch
-
-    cuda = torch.cuda.is_available()
     folder = out / "now"
     subprocess.run(["rm", "-rf", folder], check=True)
     folder.mkdir(parents=True)
     words = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    launch = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={1 if cuda else 2}"]
+    launch = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={1 if on_gpu() else 2}"]
     command = [*launch, __file__, "--child", child, "--out", str(folder), *words]
     env = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1")
-    env |= dict(OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU=str(not cuda).lower())
+    env |= dict(OMP_WAIT_POLICY="PASSIVE", ACCELERATE_USE_CPU=str(not on_gpu()).lower())
     with open(out / "log.txt", "a") as log:
         done = subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     told = [json.loads(path.read_text()) for path in sorted(folder.glob("told-*.json"))]
@@ -409,7 +404,7 @@ def main():
     chosen = Path(a.data).read_text(encoding="utf-8").splitlines()[: a.rows]
     rows_file.write_text("".join(line + "\n" for line in chosen))
     rows = [json.loads(line) for line in chosen]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
+    machine = torch.cuda.get_device_name() if on_gpu() else torch.backends.cpu.get_cpu_capability()
     print(f"{len(rows)} rows, {a.rounds} rounds, {machine}", flush=True)
 
     def keep(row: dict) -> None:
