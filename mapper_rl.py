@@ -86,7 +86,7 @@ class Config:
     groups: int = 64  # problems a step, all ranks together
     group_size: int = 8  # rollouts a problem; more: a better baseline, fewer groups without variance
     temperature: float = 1.0  # of sampling; the trainer divides its logits by it as well
-    max_tokens: int = 1024  # longest response; what does not end by itself earns nothing
+    max_tokens: int = 1024  # longest response; what does not end by itself fails the gate
     max_model_len: int = 3072  # longest prompt and response together, in tokens
     # --- reward ---
     align: str = "gain"  # in log-probability over y°; nll: the same, but a copy earns 0.5; group, kl: see `add_rewards`
@@ -144,13 +144,14 @@ RANGES = {
     "(0, inf)": "temperature lr max_grad_norm importance_cap",
     "[0, inf)": "tau hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show "
     "seed export_every",
-    "[0, 0.5]": "kl_beta",  # above it a right rewrite could be worth less than a wrong one
+    "[0, 0.5]": "kl_beta",  # above it a right rewrite without a cheat could be worth less than a wrong one
     "[0, 1]": "min_fidelity clip_low",
     "(0, 1)": "gpu_memory",
 }
 # flags that may differ between a run and its continuation
 MAY_CHANGE = ("output_dir", "rollouts_per_row", "micro_batch_tokens", "head_chunk", "gradient_checkpointing")
-MAY_CHANGE += ("gpu_memory", "save_every", "export_every", "show", "steps", "max_seconds")
+MAY_CHANGE += ("gpu_memory", "save_every", "export_every", "show")
+LENGTH = ("steps", "max_seconds")  # these too, until the run is finished
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +176,8 @@ def grpo_loss(
     `advantages` holds each token's rollout's advantage; `ref_logprobs` are the starting model's, if beta_kl > 0.
     """
     # sg[min(exp(log π_old - log π_vllm), cap)]: the importance weight, neither of whose sides has a gradient
-    weight = (old_logprobs - engine_logprobs).clamp(-10, 10).exp().clamp(max=config.importance_cap)
+    mismatch = old_logprobs - engine_logprobs
+    weight = mismatch.clamp(-10, 10).exp().clamp(max=config.importance_cap)
     # min(r A, clip(r, 1 - low, 1 + high) A)
     ratio = (logprobs - old_logprobs).clamp(-10, 10).exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -184,7 +186,6 @@ def grpo_loss(
         # k3 = exp(log π_ref - log π_θ) - (log π_ref - log π_θ) - 1
         gap = (ref_logprobs - logprobs).clamp(max=10)  # against overflow; far below 0 the penalty still pulls
         loss = loss + config.beta_kl * (gap.exp() - gap - 1).sum() / denominator
-    mismatch = old_logprobs - engine_logprobs
     stats = {
         "clip_fraction": (ratio * advantages > clipped * advantages).sum().item(),
         "importance_clip_fraction": (mismatch.exp() > config.importance_cap).sum().item(),
@@ -335,7 +336,7 @@ def sync_weights(policy, llm, dtype) -> None:
         raise RuntimeError(f"weight sync: sent or expected alone: {sorted(set(sent) ^ set(expected))[:5]}")
 
 
-def rollouts_of(llm, tokenizer, rows: list[dict], places: list[int], problems: list[int], config: Config) -> list[dict]:
+def rollouts_of(llm, tokenizer, rows: list[dict], places: range, problems: list[int], config: Config) -> list[dict]:
     """`group_size` rollouts for rows[i], i in `problems`, in one batch; ids and log-probabilities stay the engine's.
 
     `places` in the endless stream of problems seed the requests: a problem that stands twice in a step is drawn twice.
@@ -372,8 +373,7 @@ def add_parts(rollouts: list[dict], rows: list[dict], config: Config) -> None:
     asked = [rows[r["row"]] for r in rollouts]
     texts, golds, kinds = [r["text"] for r in rollouts], [a["answer"] for a in asked], [a["kind"] for a in asked]
     verdicts = reward.verify_all(texts, golds, kinds)
-    for r, correct in zip(rollouts, verdicts):
-        row = rows[r["row"]]
+    for r, row, correct in zip(rollouts, asked, verdicts):
         if config.task == "map":
             r["parts"] = reward.judge(
                 row["problem"], row["solution"], r["text"], row["answer"], r["ended"], correct,
@@ -395,27 +395,30 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
             r["reward"] = float(r["parts"]["correct"] and r["ended"] and honest)
         return
     # The target is asked only about what passed the gate: nothing else can earn an alignment.
-    passed = [r for r in rollouts if r["parts"]["gate"] or not config.gate]
-    pairs = [(rows[r["row"]]["solve_ids"], r["ids"]) for r in passed]
+    scored = [r for r in rollouts if r["parts"]["gate"] or not config.gate]
+    pairs = [(rows[r["row"]]["solve_ids"], r["ids"]) for r in scored]
     scores = score(target, pairs, config.micro_batch_tokens, device, chunk=config.head_chunk)
-    clean: dict[int, list[float]] = {}  # A of each group's clean rewrites, which alone earn an alignment
-    for r, logprobs in zip(passed, scores):
+    for r, logprobs in zip(scored, scores):
         # the metrics A, A_expert and align are means over these, the other parts over all rollouts
         r["parts"] |= {"A": logprobs.mean().item(), "A_expert": rows[r["row"]]["expert_align"]}
         if config.align == "kl":
             r["parts"]["align"] = reward.align_kl(r["logprobs"], logprobs.tolist(), config.kl_beta)
-        if r["parts"]["clean"]:
-            clean.setdefault(r["row"], []).append(r["parts"]["A"])
-    for r in passed if config.align != "kl" else ():
-        level, unit = r["parts"]["A_expert"], tau
-        if config.align == "group":  # as arXiv 2602.11220 measures it: a gain over the expert's may saturate
-            level, unit = (f(clean.get(r["row"], [0.0])) for f in (np.mean, np.std))
-        measure = reward.align_gain if config.align == "gain" else reward.align_nll
-        r["parts"]["align"] = measure(r["parts"]["A"], level, max(unit, 1e-3))
-    for r in rollouts:
-        align = r["parts"].get("align", 0.0)
-        earns = r["parts"] if config.gate else r["parts"] | {"clean": 1 - r["parts"]["cheating"]}
-        r["reward"] = reward.mapper_reward(earns, align, config.soft_weight, config.hard_weight)
+    for start in range(0, len(rollouts), config.group_size):
+        group = rollouts[start : start + config.group_size]
+        # without the gate all but hard cheats earn an alignment, right or not
+        earning = [r["parts"]["clean"] if config.gate else 1 - r["parts"]["cheating"] for r in group]
+        A = [r["parts"]["A"] for r, earns in zip(group, earning) if earns] or [0.0]
+        for r, earns in zip(group, earning):
+            parts = r["parts"]
+            if "A" in parts and config.align != "kl":
+                level, unit = parts["A_expert"], tau
+                if config.align == "group":  # as arXiv 2602.11220 measures it: a gain over the expert's may saturate
+                    level, unit = np.mean(A), np.std(A)
+                measure = reward.align_gain if config.align == "gain" else reward.align_nll
+                parts["align"] = measure(parts["A"], level, max(unit, 1e-3))
+            earned = parts | {"clean": earns}
+            align = parts.get("align", 0.0)
+            r["reward"] = reward.mapper_reward(earned, align, config.soft_weight, config.hard_weight)
 
 
 def gather(items: list) -> list:
@@ -686,9 +689,10 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
     """Splits rows into micro-batches of at most `budget` padded tokens: one list of equal length for each rank.
 
-    Formed globally and dealt out in order of length, so that ranks which wait for each other in every pass have like
-    work. The fewest passes are made, each as even as can be: 2 ranks share what would fit into a single micro-batch.
-    Where there are too few rows, some ranks get empty micro-batches: every pass through a sharded model is collective.
+    Rows are padded to a multiple of 8 besides, which may go beyond it. Formed globally and dealt out in order of
+    length, so that ranks which wait for each other in every pass have like work. The fewest passes are made, each as
+    even as can be: 2 ranks share what would fit into a single micro-batch. Where there are too few rows, some ranks get
+    empty micro-batches: every pass through a sharded model is collective.
     """
     count = -(-len(micro_batches(lengths, budget)) // world) * world
     low, high = 1, budget
@@ -821,7 +825,7 @@ def save_model(model, tokenizer, folder: Path, dtype) -> None:
         config = type(model.config).from_dict({**model.config.to_dict(), "dtype": dtype})
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
-        shell.generation_config.eos_token_id = reward.stop_id(tokenizer)
+        shell.generation_config.eos_token_id = sorted(reward.stop_ids(tokenizer))
         shell.save_pretrained(beside, state_dict=weights)
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -880,7 +884,7 @@ def resume_metrics(folder: Path, step: int) -> list[dict]:
 
     def cut() -> list[dict]:
         kept: list[dict] = []
-        for path in (folder / "rollouts.jsonl", folder / "metrics.jsonl"):
+        for path in (folder / "rollouts.jsonl", folder / "metrics.jsonl"):  # the last one's rows are returned
             kept = [row for row in written_rows(path) if row["step"] <= step]
             if path.exists():
                 write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -1044,7 +1048,10 @@ def main():
     check(config.groups % processes == 0, f"--groups {config.groups} must be a multiple of the {processes} processes")
     rows = prepare(rows, tokenizer, config, int(os.environ.get("RANK", "0")))
     out = Path(config.output_dir)
-    save_config(config, out, MAY_CHANGE, inputs)
+    saved = last_checkpoint(out)
+    reached = int(saved.name.removeprefix("checkpoint-")) if saved else 0
+    check(reached <= config.steps, f"{out} has done {reached} steps, more than --steps {config.steps}: raise it")
+    save_config(config, out, MAY_CHANGE if (out / "model").exists() else MAY_CHANGE + LENGTH, inputs)
     rank, world, device = init_distributed()  # torchrun has started one process a GPU; from here on they are one group
     if on_rank0(lambda: (out / "model").exists()):
         if rank == 0:
@@ -1078,7 +1085,10 @@ def main():
 
     elapsed, generated = (done[-1]["elapsed"], done[-1]["generated_tokens"]) if done else (0.0, 0)
     total = None if config.max_seconds else config.steps  # where time ends the run, the bar tells the time
-    bar = tqdm(range(first, config.steps), initial=first, total=total, desc=config.task, disable=rank > 0)
+    steps = iter(
+        range(first, config.steps)
+    )  # an iterator: of a range tqdm would take the length where there is no total
+    bar = tqdm(steps, initial=first, total=total, desc=config.task, disable=rank > 0)
     for step in bar:
         if config.max_seconds and elapsed >= config.max_seconds:
             break
@@ -1095,7 +1105,7 @@ def main():
 
         # --- 2. rollout: each rank's share of the problems, in its own engine ---
         problems = rows_of_step(len(rows), step, config.groups, config.seed)[rank::world]
-        places = list(range(step * config.groups, (step + 1) * config.groups))[rank::world]
+        places = range(step * config.groups, (step + 1) * config.groups)[rank::world]
         rollouts = rollouts_of(llm, tokenizer, rows, places, problems, config)
         if sleeps:
             llm.sleep(level=2)
@@ -1120,6 +1130,7 @@ def main():
         clock.append(time.perf_counter())
 
         # --- 5. log and save ---
+        # this rank's; to wait for the slowest rank's rollouts counts as reward
         phases = dict(zip(("sync", "rollout", "reward", "update"), np.diff(clock)))
         tokens = sum(len(r["ids"]) for r in rollouts)
         summaries = [

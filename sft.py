@@ -119,7 +119,6 @@ class Config:
     # The run
     seed: int = 0  # order of the rows
     save_every: int = 100  # steps between checkpoints; 0: none, and a killed run starts over
-    log_every: int = 1  # steps between rows of metrics.jsonl
 
     def __post_init__(self):
         check(self.loss in PRESETS, f"--loss must be one of {', '.join(PRESETS)}, got {self.loss}")
@@ -135,13 +134,13 @@ RANGES = {
     "needed": "model data output_dir",
     "[0, inf)": "power anchor weight_decay steps schedule_steps save_every seed",
     "(0, inf)": "epochs max_grad_norm",
-    "[1, inf)": "batch_size max_length micro_batch_tokens head_chunk log_every",
+    "[1, inf)": "batch_size max_length micro_batch_tokens head_chunk",
     "(0, 1)": "lr",
     "[0, 1)": "beta1 beta2",
     "[0, 1]": "warmup min_lr_ratio",
 }
 # flags that may differ between a run and its continuation
-MAY_CHANGE = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "save_every", "log_every")
+MAY_CHANGE = ("output_dir", "micro_batch_tokens", "head_chunk", "gradient_checkpointing", "save_every")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -474,9 +473,10 @@ def micro_batches(lengths: list[int], budget: int) -> list[list[int]]:
 def deal(lengths: list[int], budget: int, world: int) -> list[list[list[int]]]:
     """Splits rows into micro-batches of at most `budget` padded tokens: one list of equal length for each rank.
 
-    Formed globally and dealt out in order of length, so that ranks which wait for each other in every pass have like
-    work. The fewest passes are made, each as even as can be: 2 ranks share what would fit into a single micro-batch.
-    Where there are too few rows, some ranks get empty micro-batches: every pass through a sharded model is collective.
+    Rows are padded to a multiple of 8 besides, which may go beyond it. Formed globally and dealt out in order of
+    length, so that ranks which wait for each other in every pass have like work. The fewest passes are made, each as
+    even as can be: 2 ranks share what would fit into a single micro-batch. Where there are too few rows, some ranks get
+    empty micro-batches: every pass through a sharded model is collective.
     """
     count = -(-len(micro_batches(lengths, budget)) // world) * world
     low, high = 1, budget
@@ -609,7 +609,7 @@ def save_model(model, tokenizer, folder: Path, dtype) -> None:
         config = type(model.config).from_dict({**model.config.to_dict(), "dtype": dtype})
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
-        shell.generation_config.eos_token_id = reward.stop_id(tokenizer)
+        shell.generation_config.eos_token_id = sorted(reward.stop_ids(tokenizer))
         shell.save_pretrained(beside, state_dict=weights)
         tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -794,7 +794,7 @@ def main():
         # --- 6. log and save ---
         loss, logprob, prob, rho, kl = (sums / tokens).tolist()
         seconds = time.perf_counter() - start
-        if rank == 0 and (step % config.log_every == 0 or step == end):
+        if rank == 0:
             row = dict(step=step, epoch=(step - first) * config.batch_size / len(pairs), loss=loss, logprob=logprob)
             row |= dict(weighted_prob=prob, rho=rho, kl=kl, lr=lr, grad_norm=norm, tokens=tokens, seconds=seconds)
             row |= dict(tokens_per_second=tokens / seconds, peak_memory=peak_memory(device))

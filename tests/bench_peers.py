@@ -125,7 +125,7 @@ def ours_sft(a) -> None:
 
     speed = gflops()
     out = Path(a.out, "run")
-    flags = dict(model=a.model, data=a.rows_file, output_dir=out, epochs=1, batch_size=a.batch, lr=1e-4, log_every=1)
+    flags = dict(model=a.model, data=a.rows_file, output_dir=out, epochs=1, batch_size=a.batch, lr=1e-4)
     flags |= dict(save_every=0, max_length=2048, micro_batch_tokens=a.micro_batch_tokens)
     sys.argv = ["sft.py", *(w for k, v in flags.items() for w in (f"--{k}", str(v)))]
     sft.main()

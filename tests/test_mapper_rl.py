@@ -413,17 +413,19 @@ def test_rewards_ask_the_target_the_plain_question_at_temperature_one(tiny_model
 
 
 def test_a_gain_over_the_group_is_measured_in_the_spread_of_its_clean_rewrites(monkeypatch):
-    """Mean -1.5 and population deviation 0.5 of the two clean ones of group 0; the third passed the gate by a cheat."""
+    """Mean -1.5 and population deviation 0.5 of the two clean ones of the first group; its third passed the gate by a
+    cheat. The second group is of the same problem, and one alone is its own mean."""
     A = [-1.0, -2.0, -0.2, -3.0]
     monkeypatch.setattr(mapper_rl, "score", lambda *_, **__: [torch.tensor([a, a]) for a in A])
     clean = dict.fromkeys((*reward.HARD, *reward.SOFT), 0.0) | {"gate": 1.0, "clean": 1.0, "cheating": 0.0}
-    parts = [dict(clean), dict(clean), clean | {"clean": 0.0, "cheating": 1.0}, dict(clean)]
-    rollouts = [dict(row=row, ids=[1, 2], parts=p) for row, p in zip([0, 0, 0, 1], parts)]
-    rows = [{"solve_ids": [0], "expert_align": -9.0}] * 2
-    config = make_config(align="group", hard_weight=0.5)
-    mapper_rl.add_rewards(rollouts, rows, None, 0.7, config, None)
     sigmoid = [1 / (1 + math.exp(-z)) for z in (1.0, -1.0)]
-    assert [r["reward"] for r in rollouts] == pytest.approx([*sigmoid, -0.5, 0.5])  # one alone is its own mean
+    for gate in (True, False):  # without it the same earn as texts that fail it
+        parts = [dict(clean), dict(clean), clean | {"clean": 0.0, "cheating": 1.0}, dict(clean)]
+        fails = {} if gate else {"gate": 0.0, "clean": 0.0}
+        rollouts = [dict(row=0, ids=[1, 2], parts=p | fails) for p in parts]
+        config = make_config(align="group", hard_weight=0.5, gate=gate, group_size=3)
+        mapper_rl.add_rewards(rollouts, [{"solve_ids": [0], "expert_align": -9.0}], None, 0.7, config, None)
+        assert [r["reward"] for r in rollouts] == pytest.approx([*sigmoid, -0.5, 0.5])
 
 
 def test_without_the_gate_a_wrong_text_earns_its_likelihood(monkeypatch):
@@ -496,7 +498,7 @@ def test_map_run(straight, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
-    assert model.generation_config.eos_token_id == reward.stop_id(tokenizer)
+    assert model.generation_config.eos_token_id == [reward.stop_id(tokenizer)]
     assert distance(model.state_dict(), weights_of(tiny_model)) > 1e-3
     assert all(row["tau"] == 0.5 for row in metrics)  # of one-digit sums: all are about as likely
     assert json.loads((out / "config.json").read_text())["config"]["lr"] == 1e-3
@@ -712,7 +714,15 @@ def test_folder_of_another_config_is_refused(straight, monkeypatch):
     flags, expected = straight
     line = fails(flags | {"lr": 2e-3}, monkeypatch)
     assert "--lr 0.001" in line and "0.002" in line and str(flags["output_dir"]) in line
+    assert "--steps 4, not 8" in fails(flags | {"steps": 8}, monkeypatch)  # finished: nothing would be trained
     assert read(flags["output_dir"] / "metrics.jsonl") == expected
+
+
+def test_fewer_steps_than_a_killed_run_has_made_are_refused(straight, tmp_path, monkeypatch):
+    flags, _ = straight
+    (tmp_path / "checkpoint-000004").mkdir()
+    line = fails(flags | {"steps": 3, "output_dir": tmp_path}, monkeypatch)
+    assert f"{tmp_path} has done 4 steps, more than --steps 3" in line and not (tmp_path / "config.json").exists()
 
 
 def test_other_data_under_the_same_name_is_refused(straight, monkeypatch):

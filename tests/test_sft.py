@@ -418,7 +418,10 @@ def test_start_from_carries_model_optimizer_and_schedule(tiny_model, tmp_path, m
 def test_final_folder_is_a_plain_model_in_the_dtype_it_came_in(tiny_model, tmp_path, monkeypatch):
     source = tmp_path / "source"
     shutil.copytree(tiny_model, source)
-    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(source)
+    given = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    ends = [7, given.generation_config.eos_token_id]  # as base models have more than one
+    given.generation_config.eos_token_id = ends
+    given.save_pretrained(source)
     data = write(tmp_path / "data.jsonl", make_rows(4))
     train(monkeypatch, model=source, data=data, output_dir=tmp_path / "out", lr=1e-2, epochs=2, batch_size=3)
     assert len(read_metrics(tmp_path / "out")) == 3  # 8 rows in threes
@@ -428,7 +431,7 @@ def test_final_folder_is_a_plain_model_in_the_dtype_it_came_in(tiny_model, tmp_p
     assert model.dtype == before.dtype == torch.bfloat16
     assert any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_model).chat_template
-    assert model.generation_config.eos_token_id == reward.stop_id(tokenizer)
+    assert model.generation_config.eos_token_id == sorted(ends)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert json.loads((tmp_path / "out/config.json").read_text())["config"]["lr"] == 1e-2
 
