@@ -140,7 +140,7 @@ def candidate_row(row: dict, candidates: list[dict], k: int, weight: float = 1.0
     return training_row(row, candidates[k]["source"], candidates[k]["text"], candidates[k]["align"], k, weight)
 
 
-def fall_back(row: dict, candidates: list[dict], config: Config) -> list[dict]:
+def fall_back(row: dict, config: Config) -> list[dict]:
     """The expert's text where it may stand in, and for rows that --share has left out."""
     return [expert_row(row)] if config.fallback or not row["in_share"] else []
 
@@ -164,7 +164,7 @@ def select_dart(row: dict, candidates: list[dict], config: Config) -> list[dict]
     """The clean rewrite that the target finds likeliest, less soft cheats; if none is clean, the expert's text."""
     clean = [k for k, c in enumerate(candidates) if c["clean"]]
     if not clean:
-        return fall_back(row, candidates, config)
+        return fall_back(row, config)
 
     def value(k: int) -> float:
         return candidates[k]["align"] - config.soft_weight * sum(candidates[k][name] for name in reward.SOFT)
@@ -176,7 +176,7 @@ def select_verified(row: dict, candidates: list[dict], config: Config) -> list[d
     """One verified candidate, by --keep, or the expert's text. A further prompt was for rows without one only."""
     good = [k for k, c in enumerate(candidates) if verified(c)]
     if not good:
-        return fall_back(row, candidates, config)
+        return fall_back(row, config)
     return [candidate_row(row, candidates, KEEP[config.keep](good, candidates, row, config))]
 
 
@@ -213,7 +213,7 @@ WEIGHTS = {"monotone": monotone_weights, "released": released_weights}
 def select_rasft(row: dict, candidates: list[dict], config: Config) -> list[dict]:
     """The expert's text and every verified rollout, as far as their weights are above 0."""
     if not candidates:
-        return fall_back(row, candidates, config)
+        return [expert_row(row)]
     good = [k for k, c in enumerate(candidates) if verified(c)]
     expert, rollout = WEIGHTS[config.weights](len(good), len(candidates))
     rows = [expert_row(row, expert)] + [candidate_row(row, candidates, k, rollout) for k in good]
@@ -757,26 +757,25 @@ def main():
     reward.check_same_tokenizer(reward.load_tokenizer(config.mapper), tokenizer)
     stamps = [weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
-    longest = {row["id"]: max(len(prompts[s][row["id"]]) for s in sources) for row in rows}
+    fit = {s: {i for i, ids in prompts[s].items() if len(ids) < config.max_model_len} for s in sources}
     rows = [{name: row[name] for name in (*fields, "kind")} for row in rows]  # ours go beside these five
-    texts = {row["id"]: reward.text_ids(tokenizer, row["problem"], row["solution"], row["kind"]) for row in rows}
-    expert_length = {i: len(prompt) + len(response) for i, (prompt, response) in texts.items()}
+    experts = {row["id"]: reward.text_ids(tokenizer, row["problem"], row["solution"], row["kind"]) for row in rows}
+    expert_length = {i: len(prompt) + len(response) for i, (prompt, response) in experts.items()}
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
     check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")
-    long = {i for i, length in longest.items() if length + 1 > config.max_model_len} - too_long
-    check(len(long | too_long) < len(rows), f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
+    some = set.union(*fit.values()) - too_long  # the ids of rows for which a prompt fits
+    check(some, f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
     share = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share}
-    to_write = share - long - too_long
+    to_write = share & some
     check(to_write, f"--share {config.share}: none of the {len(rows)} rows falls into it and fits; raise it")
     output = Path(config.output_dir)
     save_config(config, output, may_change=("output_dir", "gpu_memory"))
     rank, world, device = init_distributed()
-    if long and rank == 0:
-        print(
-            f"{len(long)} prompts exceed --max_model_len {config.max_model_len}; nothing is written for",
-            *sorted(long)[:10],
-        )
+    for source in sources if rank == 0 else ():
+        if long := expert_length.keys() - fit[source] - too_long:
+            exceed = f"{len(long)} prompts ({source}) exceed --max_model_len {config.max_model_len}"
+            print(f"{exceed}, left out:", *sorted(long)[:10])
     if too_long and rank == 0:
         print(
             f"{len(too_long)} rows do not fit into the {readable} tokens that the target reads, left out:",
@@ -784,11 +783,11 @@ def main():
         )
     stamps = on_rank0(lambda: stamps)  # nodes may have copies of a model with other dates
     rows = [row | {"models": stamps, "in_share": row["id"] in share} for row in rows if row["id"] not in too_long]
-    scored = on_rank0(lambda: set(read_parts(output, "scored", rows)))
+    done = on_rank0(lambda: set(read_parts(output, "scored", rows)))
     known = {source: on_rank0(lambda s=source: read_parts(output, f"candidates_{s}", rows)) for source in sources}
 
     # --- 2. generate, grade and judge: a further prompt only where no text is verified yet ---
-    rest = [row for row in rows if row["id"] not in scored]
+    rest = [row for row in rows if row["id"] not in done]
     rest.sort(key=lambda row: row["id"] in known[sources[0]])  # what a killed rank did not write is dealt to all
     mine, engine, running = rest[rank::world], None, ""
     vocab = reward.used_vocabulary(tokenizer)
@@ -796,13 +795,14 @@ def main():
     max_len = min(readable, max(config.max_model_len, *(expert_length[row["id"]] for row in rows)) + 2)
     flags = dict(device=device, vocab=vocab, gpu_memory=config.gpu_memory, seed=config.seed, batched_tokens=2048)
     # of all ranks' rows: starting an engine is collective
-    if any(row["id"] in to_write and row["id"] not in known[source] for row in rest for source in sources):
+    if any(row["id"] in (to_write & fit[source]) - known[source].keys() for row in rest for source in sources):
         running = config.mapper
         engine = start_engine(running, max_len if running == config.target else config.max_model_len, **flags)
     judged: dict[str, list[dict]] = {row["id"]: [] for row in mine}
     seconds = dict.fromkeys(judged, 0.0)
     for source in sources:
-        open_rows = [r for r in mine if r["id"] in to_write and not any(map(verified, judged[r["id"]]))]
+        asked = to_write & fit[source]
+        open_rows = [r for r in mine if r["id"] in asked and not any(map(verified, judged[r["id"]]))]
         todo = [(row, prompts[source][row["id"]]) for row in open_rows if row["id"] not in known[source]]
         if todo:
             known[source] |= write_texts(engine, config, tokenizer, todo, source, output)
@@ -832,7 +832,7 @@ def main():
         write_text(output / "train.jsonl", "".join(map(json_line, train)))
         for path in [path for source in sources for path in part_files(output, f"candidates_{source}")]:
             path.unlink()  # scored.jsonl holds them
-        metrics = report(scored, train, config, world) | {"too_long": len(long) + len(too_long)}
+        metrics = report(scored, train, config, world) | {"too_long": len(expert_length.keys() - some)}
         metrics |= dict(zip(reward.FAILURES, failures.tolist()))  # of this start of the processes
         write_text(output / "metrics.jsonl", json_line(metrics))
         for name, value in metrics.items():

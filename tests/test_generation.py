@@ -330,7 +330,7 @@ def test_rewrite_files(world, rewrites, tiny_model):
     demos = {row["id"]: row for row in read(world / "demos.jsonl")}
     train, scored = read(folder / "train.jsonl"), read(folder / "scored.jsonl")
     assert [row["id"] for row in train] == [row["id"] for row in scored] == [i for i in demos if i != "giant"]
-    assert "1 prompts exceed --max_model_len 200; nothing is written for wide" in printed
+    assert "1 prompts (mapper) exceed --max_model_len 200, left out: wide" in printed
     assert "1 rows do not fit into the 512 tokens that the target reads, left out: giant" in printed
     assert train[-1]["source"] == "expert" and not scored[-1]["candidates"]
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
@@ -480,7 +480,8 @@ def test_rasft_weighs_the_expert_against_verified_rollouts():
     # at most three failures enter its z-score
     assert weights([good] + [bad] * 7, weights="released") == [("expert", 0, 0.316), ("self", 0, 0.0116)]
     # a row that nobody wrote for
-    assert rewrite.select_rasft(ROW, [], config(method="rasft")) == [rewrite.expert_row(ROW)]
+    for fallback in (True, False):
+        assert rewrite.select_rasft(ROW, [], config(method="rasft", fallback=fallback)) == [rewrite.expert_row(ROW)]
 
 
 def test_default_filter_is_darts_alone():
@@ -491,16 +492,20 @@ def test_default_filter_is_darts_alone():
 
 
 def test_mind_the_gap_goes_on_where_the_model_fails(world, tiny_model):
-    """Two processes: own solutions for all, guided ones for problems without a verified own one, then the expert."""
+    """Two processes: own solutions for all, guided ones for problems without a verified own one, then the expert. The
+    last row has room for the question, and none for the expert's solution behind it."""
     folder = world / "resolved"
-    flags = f"--method resolve --target {tiny_model} --data {world}/demos.jsonl --samples 2 --temperature 1.5"
-    flags += " --limit 60 --max_tokens 30 --max_model_len 200 --keep likeliest"
+    data = write(world / "some.jsonl", [*read(world / "demos.jsonl")[:59], read(world / "demos.jsonl")[150]])
+    flags = f"--method resolve --target {tiny_model} --data {data} --samples 2 --temperature 1.5"
+    flags += " --max_tokens 30 --max_model_len 200 --keep likeliest"
     printed = finish(start("rewrite.py", folder, flags, processes=2))
     scored, train = read(folder / "scored.jsonl"), {row["id"]: row for row in read(folder / "train.jsonl")}
     assert len(scored) == len(train) == 60
+    assert "1 prompts (guided) exceed --max_model_len 200, left out: wide" in printed and "(self)" not in printed
     for row in scored:
         own, guided = ([c for c in row["candidates"] if c["source"] == source] for source in ("self", "guided"))
-        assert len(own) == 2 and len(guided) == (0 if any(map(rewrite.verified, own)) else 2)
+        asked_again = row["id"] != "wide" and not any(map(rewrite.verified, own))
+        assert len(own) == 2 and len(guided) == 2 * asked_again
         assert [c["text"] for c in own] != [c["text"] for c in guided]  # another prompt, other seeds
         good = [c["align"] for c in row["candidates"] if rewrite.verified(c)]
         chosen = train[row["id"]]
