@@ -34,6 +34,7 @@ from rewrite import check, json_line, read_jsonl, run, write_text
 
 BLOCK = 2000  # rows graded at a time
 GRAM = 13  # words in a row that a training problem and a benchmark may not share
+SHOWN = "Your code should pass this test:"  # ours, in every problem of MBPP
 
 
 class Source(NamedTuple):
@@ -144,7 +145,7 @@ def load(source: Source, local: str | None):
 
 
 def text_of(value) -> str:
-    """A field as text: a list is what stands in it, side by side; 18.0 is 18; no dollars around an answer."""
+    """A field as text: a list is what stands in it, side by side; 18.0 is 18."""
     if isinstance(value, list):
         return ", ".join(text_of(one) for one in value)
     if isinstance(value, float) and value.is_integer():
@@ -159,7 +160,7 @@ def demonstration(solution: str) -> str:
 
 
 def read(row: dict, source: Source) -> tuple[str, str | None, str]:
-    """(problem, solution, answer) of a row; an empty one where there is none."""
+    """(problem, solution, answer without dollars around it) of a row; an empty one where there is none."""
     problem = " ".join(text_of(row[column]) for column in source.problem.split("+"))
     solution = row[source.solution] if source.solution else None
     solution = text_of(solution[0] if isinstance(solution, list) and solution else solution)
@@ -191,7 +192,7 @@ def read_code(row: dict, source: Source) -> tuple[str, str | None, str]:
     elif shown := row.get("test_list"):
         imports = row.get("test_imports") or [row.get("test_setup_code") or ""]
         tests = "\n".join([*imports, *(tests if isinstance(tests, list) else [tests])]).strip()
-        problem = f"{problem.strip()}\nYour code should pass this test:\n\n{shown[0]}"
+        problem = f"{problem.strip()}\n{SHOWN}\n\n{shown[0]}"
     if program and not reward.programs(program):
         program = f"```python\n{program.strip()}\n```"
     return problem.strip(), program, tests.strip() + "\n" if tests else ""
@@ -203,7 +204,7 @@ def words(text: str) -> list[str]:
 
 def grams(text: str) -> set[tuple[str, ...]]:
     """Every 13 words in a row; of a shorter text the whole."""
-    found = words(text)
+    found = words(text.replace(SHOWN, ""))
     return {tuple(found[i : i + GRAM]) for i in range(max(1, len(found) - GRAM + 1))}
 
 
@@ -217,7 +218,9 @@ def main():
     parser.add_argument("--problem", help="column of the problem (a+b joins two); default: the data set's")
     parser.add_argument("--solution", help="column of the solution")
     parser.add_argument("--answer", help="column of the answer; without one the answer is read in the solution")
-    parser.add_argument("--kind", choices=reward.KINDS, help="of a local file; code: the answer is a test program")
+    parser.add_argument(
+        "--kind", choices=reward.KINDS, help="of a local file without such a column; code: tests are the answer"
+    )
     parser.add_argument("--limit", type=int, default=0, help="keep so many rows, drawn at random (0: all)")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
     parser.add_argument(
@@ -252,9 +255,6 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
     source = SOURCES.get(name) or Source(name, None, None, "train", "", None, None)
     given = {field: getattr(args, field) for field in ("problem", "solution", "answer", "kind") if getattr(args, field)}
     source = source._replace(**given)
-    of_code = source.kind == "code"
-    check(source.answer or not of_code, f"{name}: --answer must name the column of the tests")
-    reward.KINDS[source.kind].ready()
     out = Path(args.out or f"data/{stem}.jsonl")
     data = load(source, local)
     asked = [*source.problem.split("+"), *filter(None, (source.solution, source.answer))]
@@ -264,6 +264,13 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
             f"{local or source.hub}: no column '{column}', it has {', '.join(data.column_names)}; name the right one "
             "with --problem, --solution or --answer",
         )
+    kinds = [source.kind] * len(data)
+    if name not in SOURCES and not args.kind and "kind" in data.column_names:
+        kinds = [kind or source.kind for kind in data["kind"]]
+    for kind in dict.fromkeys(kinds):
+        check(kind in reward.KINDS, f"{name}: column 'kind' must hold {' or '.join(reward.KINDS)}, found {kind!r}")
+        check(source.answer or kind != "code", f"{name}: --answer must name the column of the tests")
+        reward.KINDS[kind].ready()
 
     order = list(range(len(data)))
     if args.limit:
@@ -274,21 +281,21 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
         rows = {}
         for i in order[start : start + BLOCK]:
             bar.update()
-            problem, solution, answer = (read_code if of_code else read)(data[i], source)
+            problem, solution, answer = (read_code if kinds[i] == "code" else read)(data[i], source)
             if not problem or not answer or (source.solution and not solution):
                 incomplete += 1
             elif found := next((held_out[gram] for gram in grams(problem) if gram in held_out), None):
                 shared[found] += 1
             else:
                 texts = {"solution": solution} if solution else {}
-                kind = {"kind": source.kind} if of_code else {}
+                kind = {"kind": "code"} if kinds[i] == "code" else {}
                 rows[i] = {"id": f"{stem}-{i}", **kind, "problem": problem, **texts, "answer": answer}
-        sound = {i for i, row in rows.items() if not reward.KINDS[source.kind].unfit(row["answer"])}
+        sound = {i for i, row in rows.items() if not reward.KINDS[kinds[i]].unfit(row["answer"])}
         # of code the row's own program is tried, where it has one
-        proofs = {i: rows[i].get("solution") if of_code else f"\\boxed{{{rows[i]['answer']}}}" for i in sound}
-        proofs = {i: proof for i, proof in proofs.items() if proof}
+        proofs = {i: f"\\boxed{{{rows[i]['answer']}}}" for i in sound if kinds[i] == "math"}
+        proofs |= {i: rows[i]["solution"] for i in sound if kinds[i] == "code" and "solution" in rows[i]}
         answers = [rows[i]["answer"] for i in proofs]
-        verdicts = reward.verify_all([*proofs.values()], answers, [source.kind] * len(proofs))
+        verdicts = reward.verify_all([*proofs.values()], answers, [kinds[i] for i in proofs])
         sound -= {i for i, right in zip(proofs, verdicts) if not right}
         unverifiable += [row["id"] for i, row in rows.items() if i not in sound]
         kept |= {i: row for i, row in rows.items() if i in sound}
@@ -298,7 +305,8 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
     chosen = sorted(list(kept)[: args.limit or None])
     read_rows = incomplete + len(unverifiable) + sum(shared.values()) + len(kept)
     named = f" ({' '.join(unverifiable[:10])}{' ...' * (len(unverifiable) > 10)})" if unverifiable else ""
-    reason = "program fails its tests" if of_code else "answer the grader cannot verify"
+    reasons = {"math": "answer the grader cannot verify", "code": "program fails its tests"}
+    reason = " or ".join(reasons[kind] for kind in dict.fromkeys(kinds))
     left_out = [
         f"{incomplete} without a problem, a solution or an answer",
         f"{len(unverifiable)} whose {reason}{named}",

@@ -606,6 +606,36 @@ def test_prepare_names_and_drops_programs_that_fail(tmp_path, monkeypatch, capsy
     flags = "--kind code --problem q --solution s --answer t".split()
     rows, told = made([*own, dict(q="W", s=RIGHT, t="assert")], *flags)
     assert len(rows) == 1 and "1 without a problem" in told and "2 whose program fails its tests (raw-1 raw-3)" in told
+    assert rows[0]["kind"] == "code"
+
+
+def test_prepare_keeps_the_kind_of_each_row(tmp_path, monkeypatch, capsys):
+    """A column `kind` says which rows are code; an unknown one is refused."""
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    import prepare
+
+    rows = [
+        dict(kind="code", q="Write f.", s=RIGHT, t=TESTS),
+        dict(kind="code", q="Write f.", s=WRONG, t=TESTS),
+        dict(kind="math", q="What is 1+1?", s="1+1=2. \\boxed{2}", t="2"),
+        dict(kind=None, q="What is 1+2?", s="1+2=3. \\boxed{3}", t="3"),
+    ]
+    path, out = lines(tmp_path / "both.jsonl", rows), tmp_path / "out.jsonl"
+    flags = ["prepare.py", path, *"--problem q --solution s --answer t --out".split(), str(out)]
+    monkeypatch.setattr(sys, "argv", flags)
+    prepare.main()
+    kept = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["id"], r.get("kind", "math")) for r in kept] == [
+        ("both-0", "code"),
+        ("both-2", "math"),
+        ("both-3", "math"),
+    ]
+    assert kept[0]["solution"] == fenced(RIGHT.strip()) and kept[1]["solution"] == "1+1=2. \\boxed{2}"
+    told = "1 whose program fails its tests or answer the grader cannot verify (both-1)"
+    assert told in capsys.readouterr().out
+    lines(tmp_path / "both.jsonl", [rows[0] | {"kind": "prose"}])
+    with pytest.raises(SystemExit, match="column 'kind' must hold math or code, found 'prose'"):
+        prepare.main()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

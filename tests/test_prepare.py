@@ -134,6 +134,14 @@ def test_decontamination(hub):
     )
 
 
+def test_the_words_that_mbpp_is_given_by_us_are_not_shared():
+    asked = [
+        f"Write a function to {what} of a list of numbers.\nYour code should pass this test:\n\nassert f([1]) == {n}"
+        for what, n in (("get the sum", 1), ("say what is the longest prime", 7))
+    ]
+    assert len(script.grams(asked[0])) > 1 and not script.grams(asked[0]) & script.grams(asked[1])
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
