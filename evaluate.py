@@ -222,8 +222,9 @@ def finish_model(folder: Path, suites: dict[str, list[dict]], head: dict, metric
     }
     write_text(path, json.dumps(summary, indent=1, ensure_ascii=False))
     with open(metrics, "a", encoding="utf-8") as file:
-        for name in suites:
-            file.write(json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
+        for name in suites:  # not again what a restart finds as it was
+            if summary["benchmarks"][name] != old["benchmarks"].get(name):
+                file.write(json_line({"model": folder.name, "benchmark": name, **summary["benchmarks"][name]}))
 
 
 def same_problem(asked: dict[tuple, tuple], benchmark: str, row: dict, path: str) -> None:
@@ -284,9 +285,9 @@ def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
         return
     flags = {path: Path(path).parent / "config.json" for path in evaluations}  # not beside a copy of a NAME's folder
     configs = {path: json.loads(file.read_text())["config"] for path, file in flags.items() if file.exists()}
-    for path in others:
-        for name in ("samples", "temperature", "max_tokens", "max_model_len"):
-            a, b = (configs.get(p, {}).get(name) for p in (first, path))
+    for path in others if first in configs else ():
+        for name in ("samples", "temperature", "max_tokens", "max_model_len") if path in configs else ():
+            a, b = (configs[p][name] for p in (first, path))
             if a != b:
                 print(f"note: --{name} was {b} for {labels[path]}, {a} for {labels[first]}")
     print(f"\ndifference to {labels[first]} in points, 95% interval (bootstrap over problems), p (permutation test)")

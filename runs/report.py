@@ -88,11 +88,15 @@ def lineage(model: str, stages: dict[Path, Stage]) -> list[Stage]:
     if stage is None:
         return []
     found, config = [stage], stage.config
-    while stage := stages.get(Path(config["data"]).resolve().parent):  # a training set, the demonstrations it came from
+    # a training set, the demonstrations it came from
+    while (stage := stages.get(Path(config["data"]).resolve().parent)) and stage.script == "rewrite":
+        if stage in found:
+            break  # its demonstrations lie in its own folder
         config = stage.config
         found += [stage, *lineage(config["mapper"], stages)]
     if start := found[0].config.get("start_from"):
         found += lineage(f"{start}/model", stages)
+    found += lineage(found[0].config["model"], stages)
     return list(dict.fromkeys(found))
 
 
@@ -107,7 +111,6 @@ def scores(stages: list[Stage]) -> list[dict]:
                 "name": path.parent.name,
                 "long": f"{stage.name}/{path.parent.name}",
                 "folder": path.parent,
-                "model": told["model"],
                 **told,
                 "solve": None,
                 "own": None,
@@ -122,7 +125,7 @@ def scores(stages: list[Stage]) -> list[dict]:
                 step = Path(told["model"]).name.removeprefix("model-")  # exported on the way
                 row = next((r for r in history[0].rows if str(r["step"]) == step.lstrip("0")), history[0].rows[-1])
                 one["seconds"] += row["elapsed"] - history[0].rows[-1]["elapsed"]
-                one["tokens"] = row["generated_tokens"]
+                one["tokens"] += row["generated_tokens"] - history[0].rows[-1]["generated_tokens"]
             found.append(one)
     longs: dict[str, list[str]] = {}
     for one in found:
@@ -232,7 +235,7 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
     aligned = over_steps(mappers, "mean log-probability", {"A": "A(y)", "A_expert": "A(y°)"})
     several = len(set(map(without_seed, levels))) > 1
     for target, level in levels.items() if aligned else ():
-        last = max(stage.rows[-1]["step"] for stage in mappers if stage.config["target"] == target)
+        last = max((s.rows[-1]["step"] for s in mappers if s.config["target"] == target), default=1)
         own = "the target's own right answers" + (f" ({without_seed(target)})" if several else "")
         aligned[0][2].append((own, [1, last], [level, level]))
     cheats = {name: name.replace("_", " ") for name in (*reward.HARD, *reward.SOFT)}
@@ -276,7 +279,8 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
 
 
 def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
-    """Problems of the first step with the expert's text, the rewrite of that step, and the one that was trained on."""
+    """Problems with the expert's text, a rewrite of the first five steps, and the one that was trained on, else the
+    last that a later step has kept."""
     first, last = {}, {}
     for row in written_rows(mapper.folder / "rollouts.jsonl"):
         if row["step"] <= 5:
@@ -291,11 +295,13 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
             last |= {row["id"]: row["solution"] for row in chosen if row["source"] == "mapper"}
     shown = [i for i in first if i in demos and i in last and first[i].strip()][:PROBLEMS]
     texts = [{"expert": demos[i]["solution"], "before training": first[i], "after training": last[i]} for i in shown]
-    return [{"problem": demos[i]["problem"], "texts": told} for i, told in zip(shown, texts)]
+    kinds = [demos[i].get("kind", "math") for i in shown]
+    return [{"problem": demos[i]["problem"], "kind": k, "texts": told} for i, k, told in zip(shown, kinds, texts)]
 
 
 def own_answers(base: str, found: list[dict]) -> list[tuple[str, str, str]]:
-    """(problem, answer, kind) of the first right answers that the base sampled when it was evaluated, one a problem."""
+    """(problem, answer, kind) of right answers that the base sampled when it was evaluated: the first of a problem, at
+    most OWN of them."""
     path = Path(base).resolve()
     folder = next((one["folder"] for one in found if Path(one["model"]).resolve() == path), None)
     answers = []
@@ -339,17 +345,13 @@ def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list
             continue
         tokenizer, model = reward.load_tokenizer(target), load_model(target, device, train=False)
 
-        def ask(pairs, tokenizer=tokenizer, model=model):
-            rows = [reward.text_ids(tokenizer, x, y) for x, y in pairs]
-            return [ids for _, ids in rows], score(model, rows, 8192, device)
-
         problems = rewrites(mapper, stages)
         if not problems:
             missing.append(f"texts of {mapper.name}: no rollout of the first steps has a later rewrite yet")
         for one in problems:
-            ids, scored = ask([(one["problem"], text) for text in one["texts"].values()])
+            pairs = [reward.text_ids(tokenizer, one["problem"], text, one["kind"]) for text in one["texts"].values()]
             tokens = {}
-            for source, row, logprobs in zip(one["texts"], ids, scored):
+            for source, (_, row), logprobs in zip(one["texts"], pairs, score(model, pairs, 8192, device)):
                 ends = [len(tokenizer.decode(row[:i])) for i in range(len(row))]
                 whole = tokenizer.decode(row[:-1])
                 pieces = [whole[a:b] for a, b in zip(ends, ends[1:])] + ["⏎"]  # the stop token is scored too

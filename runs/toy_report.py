@@ -123,9 +123,9 @@ def costs(seed: Path, stages: list[str]) -> dict[str, float]:
 
 
 def data_of(seed: Path, stages: list[str]) -> dict[str, float]:
-    """What an arm was trained on: share of each source by weight; mean log-probability under the target and, of texts
-    that were rewritten, the share that is right in every step by the world's own checker and the mean share of native
-    steps."""
+    """What an arm was trained on: share of each source by weight; over all rows, each once, the mean log-probability
+    under the target and, where texts were rewritten, the share that is right in every step by the world's own checker
+    and the mean share of native steps."""
     rewriting = [stage for stage in stages if "/rewrite" in stage][-1:]  # RASFT: its last round
     if not rewriting:
         told = metrics(seed / "prompted/rewrite")[-1]  # which has scored the expert's texts
@@ -401,7 +401,7 @@ def main():
         head = ["curve", "K or step", "seeds", "average", "clean rows", "A", "seconds", "generated tokens"]
         lines += table(head, rows)
     if ablations:
-        lines += ["One part of the reward changed at a time:", ""]
+        lines += ["One part of the reward changed at a time, in no-gate-no-penalty two:", ""]
         rows = [[name, *(f"{a[name]:.3f}" for a in ablations.values())] for name in next(iter(ablations.values()))]
         lines += table(["", *ablations], rows)
     text = "\n".join(lines)

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, sum_demonstrations
 
 sys.path.insert(0, str(ROOT / "runs"))
-from report import Stage, rewrites
+from report import Stage, lineage, rewrites
 
 import reward
 
@@ -216,6 +216,24 @@ def test_every_method(world, tmp_path):
     assert 12 < len(teacher) <= 24 and {row["source"] for row in teacher} == {"self"}
     last = json.loads((tmp_path / "rasft/round-2/sft/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2  # of one schedule over both rounds
+
+
+def test_a_model_costs_what_all_stages_before_it_took(tmp_path):
+    """RL on a model that was fine-tuned on rewrites of a trained mapper's; the rewriting's demonstrations lie beside
+    its result, the others in a folder that is no stage or no rewriting."""
+    for name, script, flags in (
+        ("mapper", "mapper_rl", {"data": "x/demos.jsonl", "model": "base/model"}),
+        ("texts", "rewrite", {"data": "texts/demos.jsonl", "mapper": "mapper/model"}),
+        ("sft", "sft", {"data": "texts/train.jsonl", "model": "base/model"}),
+        ("rl", "mapper_rl", {"data": "sft/demos.jsonl", "model": "sft/model"}),
+    ):
+        (tmp_path / name).mkdir()
+        told = {"config": {k: str(tmp_path / v) for k, v in flags.items()}, "command": [f"{script}.py"]}
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+    stages = {tmp_path / name: Stage(tmp_path / name, tmp_path, "") for name in ("mapper", "texts", "sft", "rl")}
+    found = [stage.name for stage in lineage(str(tmp_path / "rl/model"), stages)]
+    assert sorted(found) == ["mapper", "rl", "sft", "texts"]
+    assert lineage(str(tmp_path / "base/model"), stages) == []
 
 
 def test_a_text_of_the_first_steps_is_not_shown_as_one_after_training(tmp_path):
