@@ -1893,7 +1893,7 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     shown = claims or re.search(r"[n)][-+*/^]+[n(f]", "".join(t.kind for t in _tokens(reasoning)))
     shown = shown or re.search(r"\d\s?[a-z]\s?(?:[-+][\d\s]*)?=", reasoning)
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
-    values = {_read(content).value or _read(content).text for content in inside}
+    values = {read.text if read.value is None else read.value for read in map(_read, inside)}
     maybe = _MAYBE.match(behind)  # another number, not the same one in words
     several = _read(answer).value is not None and any(
         len(_pieces(_read(content).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", content) for content in inside

@@ -374,6 +374,8 @@ def test_mentions_of_the_source(words):
 
 def test_what_is_no_hedge_and_what_is_no_reasoning():
     assert reward.cheats(PROBLEM, EXPERT, NATIVE.replace("{7}", "{7 or 8}"), "7 or 8")["hedged"] == 0
+    for twice in (r"7-7=0. \boxed{0} (or zero)", r"7-7=0. \boxed{0}, so \boxed{0.0}"):  # 0 is a value like others
+        assert reward.cheats("Take 7 from 7.", "7-7=0.", twice, "0")["hedged"] == 0
     prose = "By symmetry every one of the boxes holds as many pens as any other one of them, and so there are "
     assert reward.cheats(LONG, prose + r"\boxed{34}", r"So \boxed{34}", "34")["no_reasoning"] == 1
     assert (
