@@ -144,7 +144,7 @@ RANGES = {
     "(0, inf)": "temperature lr max_grad_norm importance_cap",
     "[0, inf)": "tau hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show "
     "seed export_every",
-    "[0, 0.5]": "kl_beta",  # above it a right rewrite without a cheat could be worth less than a wrong one
+    "[0, 0.5]": "kl_beta",  # above it the alignment of a right rewrite could be below 0, which a wrong one has
     "[0, 1]": "min_fidelity clip_low",
     "(0, 1)": "gpu_memory",
 }

@@ -39,9 +39,9 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The reward of a rewrite: R = clean * (align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART (arXiv
-#    2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are public,
-#    but we could not read them: the formula is our reconstruction.
+# 1. The reward of a rewrite: R = clean * max(0, align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART
+#    (arXiv 2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are
+#    public, but we could not read them: the formula is our reconstruction.
 
 # 0 or 1: worth nothing
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic", "hardcodes_tests")
@@ -49,11 +49,11 @@ SOFT = ("padding", "repetition", "copies_problem")  # in [0, 1]: worth less
 
 
 def mapper_reward(parts: dict, align: float, soft_weight: float, hard_weight: float) -> float:
-    """R = clean * (align - w_s * sum_k soft_k) - w_h * [a hard cheat]; `parts` is what `judge` returns.
+    """R = clean * max(0, align - w_s * sum_k soft_k) - w_h * [a hard cheat]; `parts` is what `judge` returns.
 
-    Source: our reconstruction."""
+    A clean text is never worth less than a wrong one, which has 0. Source: our reconstruction."""
     soft = sum(parts[name] for name in SOFT)
-    return parts["clean"] * (align - soft_weight * soft) - hard_weight * parts["cheating"]
+    return parts["clean"] * max(0.0, align - soft_weight * soft) - hard_weight * parts["cheating"]
 
 
 def align_nll(A: float, A_expert: float, tau: float) -> float:

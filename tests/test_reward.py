@@ -443,6 +443,7 @@ def test_alignments():
 def test_mapper_reward():
     parts = dict(clean=1.0, cheating=0.0, padding=0.5, repetition=0.25, copies_problem=0.0)
     assert reward.mapper_reward(parts, 0.9, 0.2, 1.0) == pytest.approx(0.9 - 0.2 * 0.75)
+    assert reward.mapper_reward(parts, 0.1, 0.2, 1.0) == 0  # clean and padded: no less than what is wrong
     assert reward.mapper_reward(parts | {"clean": 0.0}, 0.9, 0.2, 1.0) == 0
     assert reward.mapper_reward(parts | {"clean": 0.0, "cheating": 1.0}, 0.9, 0.2, 0.7) == -0.7
     assert reward.mapper_reward(parts | {"cheating": 1.0}, 0.9, 0.2, 0.7) == pytest.approx(0.75 - 0.7)
