@@ -16,7 +16,6 @@ a grader that first loads torch starts seconds late.
 from __future__ import annotations
 
 import ast
-import bisect
 import functools
 import itertools
 import json
@@ -39,9 +38,8 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. The reward of a rewrite: R = clean * max(0, align - w_s * sum of soft cheats) - w_h * [a hard cheat]. Source: DART
-#    (arXiv 2605.26924) names the three parts, likelihood, correctness and penalty. Its text and a link to its code are
-#    public, but we could not read them: the formula is our reconstruction.
+# 1. The reward of a rewrite. Source: DART (arXiv 2605.26924) names the three parts, likelihood, correctness and
+#    penalty. Its text and a link to its code are public, but we could not read them: the formula is our reconstruction.
 
 # 0 or 1: worth nothing
 HARD = ("early_answer", "no_reasoning", "mentions_source", "hedged", "false_arithmetic", "hardcodes_tests")
@@ -151,10 +149,8 @@ _TEMPLATE = dict(enable_thinking=False, date_string="26 Jul 2024")
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     """Token ids of one user turn, up to where the assistant starts to speak."""
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False, **_TEMPLATE
-    )
+    turns = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **_TEMPLATE)
 
 
 def response_ids(tokenizer, text: str) -> list[int]:
@@ -196,10 +192,8 @@ def stop_ids(tokenizer) -> frozenset[int]:
 def decode(tokenizer, ids: typing.Sequence[int]) -> str:
     """Text of a completion without the id that ended it. Other special tokens stay visible: hiding them would hide a
     fault."""
-    ids = list(ids)
-    if ids and ids[-1] in stop_ids(tokenizer):
-        ids = ids[:-1]
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    ended = len(ids) and ids[-1] in stop_ids(tokenizer)
+    return tokenizer.decode(list(ids[:-1] if ended else ids), clean_up_tokenization_spaces=False)
 
 
 def used_vocabulary(tokenizer) -> int:
@@ -231,12 +225,9 @@ def load_tokenizer(folder: str):
 
 def check_same_tokenizer(one, other) -> None:
     """Ends the program unless ids mean the same in both: rewrites are exchanged as ids and scored as ids."""
-    for name, of in (
-        ("vocabulary", lambda t: t.get_vocab()),
-        ("chat template", lambda t: t.chat_template),
-        ("end of an answer", stop_id),
-    ):
-        if of(one) != of(other):
+    parts = {"vocabulary": lambda t: t.get_vocab(), "chat template": lambda t: t.chat_template}
+    for name, part in (parts | {"end of an answer": stop_id}).items():
+        if part(one) != part(other):
             told = f"{one.name_or_path} and {other.name_or_path} must share a tokenizer"
             raise SystemExit(f"{told}; they differ in: {name}")
 
@@ -264,49 +255,44 @@ _TEXT = (
     r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt)|boldsymbol|underline|mbox|operatorname|rm|bf)\s?"
     r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_LETTERS = dict(  # units of one letter; in a formula without \text they are variables
-    zip("mgshLlJNVWAK", "meter gram second hour liter liter joule newton volt watt ampere kelvin".split())
-)
+# units of one letter; in a formula without \text they are variables
+_LETTERS = dict(zip("mgshLlJNVWAK", "meter gram second hour liter liter joule newton volt watt ampere kelvin".split()))
 _DEGREES = dict(F=" degrees fahrenheit ", C=" degrees celsius ", K=" kelvin ")
 
 _LATEX = [
-    (re.compile(pattern), by)
-    for pattern, by in (
-        (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
-        (r"\\\\\s*\[[^\]\n]{0,9}\]", r"\\\\"),  # the distance of two rows
-        (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
-        (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
-        (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
-        (r"(?<!\\)\\[,;: ()]|~", " "),
-        (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
-        (r"(?:[^\S\n]{0,9}(?:\\\\|\n)){1,9}[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
-        (r"(?<=[\d)}])\^\s?(?:\{\\circ\}|\\circ)\Z", " degree"),  # the unit of an angle; nothing in a formula
-        (
-            r"\^\s?(?:\{\\circ\}|\\circ)(?:\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b))?",
-            lambda m: _DEGREES.get(m[1] or m[2], ""),
-        ),
-        (r"(?<=\.)(\d*)\\dot\s?\{?(\d)\}?(?:(\d*)\\dot\s?\{?(\d)\}?)?", r"\1\\overline{\2\3\4}"),
-        (
-            r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*(\^\s?\{?\d\}?)?\s*\}",
-            lambda m: f" {_LETTERS[m[1]]}{m[2] or ''}",
-        ),
-        *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
-        (r"\\(?:hat|vec)\s?\{([^{}]*)\}", r"\1"),
-        (r"\(\s*\\begin\{smallmatrix\}|\\end\{smallmatrix\}\s*\)", lambda m: m[0].strip("( )").replace("small", "p")),
-        (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
-        (r"\\frac\s*(\{[^{}]*\})\s*(\d|\\pi(?![a-z]))", r"\\frac\1{\2}"),
-        (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
-        (r"(?<![\w.])(?:np|numpy|math)\.(?=[a-z])", ""),
-        (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
-        (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln)(?=\s?\()", r"\\\1"),
-        (r"\\(sin|cos|tan)\s?\^\s?\{-1\}", r"\\arc\1"),
-        (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # Python's power; others are bold print
-        (r"\*\*", ""),
-        (r"\^\{(\w)\}", r"^\1"),
-        (r"[^\S\n]{2,}", " "),
-    )
+    (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    (r"\\\\\s*\[[^\]\n]{0,9}\]", r"\\\\"),  # the distance of two rows
+    (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
+    (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
+    (r"\\(?:text)?color\s?\{[a-z]+\}|(?<!\\)\\!", ""),
+    (r"(?<!\\)\\[,;: ()]|~", " "),
+    (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
+    (r"(?:[^\S\n]{0,9}(?:\\\\|\n)){1,9}[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
+    (r"(?<=[\d)}])\^\s?(?:\{\\circ\}|\\circ)\Z", " degree"),  # the unit of an angle; nothing in a formula
+    (r"\^\s?(?:\{\\circ\}|\\circ)\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b)", lambda m: _DEGREES[m[1] or m[2]]),
+    (r"\^\s?(?:\{\\circ\}|\\circ)", ""),
+    (r"(?<=\.)(\d*)\\dot\s?\{?(\d)\}?(?:(\d*)\\dot\s?\{?(\d)\}?)?", r"\1\\overline{\2\3\4}"),
+    (
+        r"(?<=[\d} /])\\(?:text|mathrm|mbox)\{\s*([mgshLlJNVWAK])\s*(\^\s?\{?\d\}?)?\s*\}",
+        lambda m: f" {_LETTERS[m[1]]}{m[2] or ''}",
+    ),
+    *[(_TEXT, r" \1 ")] * 2,  # twice for \textbf{\text{...}}
+    (r"\\(?:hat|vec)\s?\{([^{}]*)\}", r"\1"),
+    (r"\(\s*\\begin\{smallmatrix\}|\\end\{smallmatrix\}\s*\)", lambda m: m[0].strip("( )").replace("small", "p")),
+    (r"\\frac\s*(\d|\\pi(?![a-z]))", r"\\frac{\1}"),
+    (r"\\frac\s*(\{[^{}]*\})\s*(\d|\\pi(?![a-z]))", r"\\frac\1{\2}"),
+    (r"(?<![A-Za-z])\\?sqrt\s*(?:\(([^()]*)\)|(\d))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}"),
+    (r"(?<![\w.])(?:np|numpy|math)\.(?=[a-z])", ""),
+    (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
+    (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln)(?=\s?\()", r"\\\1"),
+    (r"\\(sin|cos|tan)\s?\^\s?\{-1\}", r"\\arc\1"),
+    (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # Python's power; others are bold print
+    (r"\*\*", ""),
+    (r"\^\{(\w)\}", r"^\1"),
+    (r"[^\S\n]{2,}", " "),
 ]
+_LATEX = [(re.compile(pattern), by) for pattern, by in _LATEX]
 
 
 def characters(text: str) -> str:
@@ -339,41 +325,30 @@ _SCALE = "|".join(_SCALES)
 _BELOW_100 = rf"(?:(?:{'|'.join(_TENS)})[-\s](?:{'|'.join(_SMALL[1:10])})(?!\w)|(?:{'|'.join(_WORDS)})(?!\w))"
 _IN_WORDS = rf"{_BELOW_100}(?:\s(?:{_SCALE})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})?)*"
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+|\.(?=[*/]))?|\.[0-9]+)"
-_NUMBER = "|".join(
-    (
-        r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)",  # 0.1666...
-        r"(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}",
-        r"(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.]|\s+of\b)",  # 3 1/2; not "6 and 1/3 of"
-        r"(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])",  # the 1/3 of 2 / 1/3
-        rf"{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?",
-    )
+_PATTERNS = dict(  # of tokens, by name; the first that matches counts
+    skip=r"[^\S\n]+|times(?=\s(?:\\times|[*x])\s)|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
+    stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
+    number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"  # 0.1666...
+    r"|(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}"
+    r"|(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.]|\s+of\b)"  # 3 1/2; not "6 and 1/3 of"
+    r"|(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])"  # the 1/3 of 2 / 1/3
+    rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?|{_IN_WORDS}",
+    percent=r"\\?%|per\s?cent(?!\w)",
+    equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)(?!\s(?:about|approximately|roughly)\s)",
+    near=r"\\(?:approx|simeq)(?![a-z])|(?:is\s)?(?:about|approximately|roughly)(?!\w)",
+    operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|per(?=\s[a-z])|(?<=[\d\s)])x(?=\s?\\?\$?\d)"
+    r"|(?:plus|minus|negative|times|(?:divided|multiplied)\sby)(?!\w)",
+    factorial=r"(?<=[\d)}])!(?=\s?[-+*/=)}\\!(]|\Z)",
+    open=r"[({]",
+    close=r"[)}]",
+    function=r"\\(?:frac|binom|Gamma|sqrt)(?![A-Za-z])",
+    word=r"[^\W\d_]{2,}(?:['’][a-z]{1,2}(?!\w))?"
+    r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w))"
+    r"|\s(?!is|equals|makes|gives)[a-z]{2,})|(?<=[a-z]/)[mgshL](?!\w)",
+    other=r"\\[A-Za-z]+|.",
 )
-_TOKEN = re.compile(
-    "|".join(
-        rf"(?P<{name}>{pattern})"
-        for name, pattern in dict(
-            skip=r"[^\S\n]+|times(?=\s(?:\\times|[*x])\s)|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
-            stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
-            number=_NUMBER,
-            words=_IN_WORDS,
-            percent=r"\\?%|per\s?cent(?!\w)",
-            equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)(?!\s(?:about|approximately|roughly)\s)",
-            near=r"\\(?:approx|simeq)(?![a-z])|(?:is\s)?(?:about|approximately|roughly)(?!\w)",
-            operator=r"\\(?:times|cdot|div)(?![a-z])|[-+*/^]|per(?=\s[a-z])|(?<=[\d\s)])x(?=\s?\\?\$?\d)"
-            r"|(?:plus|minus|negative|times|(?:divided|multiplied)\sby)(?!\w)",
-            factorial=r"(?<=[\d)}])!(?=\s?[-+*/=)}\\!(]|\Z)",
-            open=r"[({]",
-            close=r"[)}]",
-            function=r"\\(?:frac|binom|Gamma|sqrt)(?![A-Za-z])",
-            word=r"[^\W\d_]{2,}(?:['’][a-z]{1,2}(?!\w))?"
-            r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w))"
-            r"|\s(?!is|equals|makes|gives)[a-z]{2,})|(?<=[a-z]/)[mgshL](?!\w)",
-            other=r"\\[A-Za-z]+|.",
-        ).items()
-    ),
-    re.I | re.S,
-)
-_KIND = dict(stop=";", number="n", words="n", percent="%", equals="=", near="~", factorial="!", open="(", close=")")
+_TOKEN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _PATTERNS.items()), re.I | re.S)
+_KIND = dict(stop=";", number="n", percent="%", equals="=", near="~", factorial="!", open="(", close=")")
 _KIND |= dict(function="f", word="w", other="?")  # an operator's kind is its sign
 _OPERATORS = {"plus": "+", "minus": "-", "negative": "-", "times": "*", "multiplied by": "*", "x": "*", "per": "/"}
 _OPERATORS |= {r"\times": "*", r"\cdot": "*", "divided by": "/", r"\div": "/"}
@@ -393,19 +368,18 @@ def _number(text: str) -> int | Fraction | None:
         return None
     if text.isdigit():
         return int(text)  # equal to the Fraction, and much faster
-    digits, _, scale = text.lower().partition(" ")
-    if scale in _SCALES and digits[-1].isdigit():
-        return Fraction(digits.replace(",", "")) * _SCALES[scale]
+    text = text.lower().replace(",", "")
     if found := re.fullmatch(r"(\d*)\.(\d*?)(?:\\overline\{(\d+)\}|(\d+?)\4+\.\.\.)", text):
         whole, first, block = found[1] or "0", found[2], found[3] or found[4]
         return (int(whole + first) + Fraction(int(block), 10 ** len(block) - 1)) / 10 ** len(first)  # 0.333... is 3/9
-    if mixed := re.fullmatch(r"(\d*)\s?\\frac\{(\d+)\}\{(\d+)\}|(\d+)\s(?:and\s)?(\d+)/(\d+)", text):
-        whole, above, below = (int(part or 0) for part in mixed.groups() if part is not None)
-        return whole + Fraction(above, below)
+    if "/" in text or "frac" in text:
+        *whole, above, below = map(int, re.findall(r"\d+", text))
+        return sum(whole) + Fraction(above, below)
     if re.search(r"\d", text):
-        return Fraction(text.replace(",", ""))  # 3/4 as well
+        digits, *scale = text.split()
+        return Fraction(digits) * (_SCALES[scale[0]] if scale else 1)
     total = part = 0
-    for word in re.findall(r"[a-z]+", text.lower()):
+    for word in re.findall("[a-z]+", text):
         if word in ("hundred", "dozen"):
             part *= _SCALES[word]
         elif word in _SCALES:
@@ -423,7 +397,7 @@ def _tokens(text: str) -> tuple[Token, ...]:
         name, value = m.lastgroup, None
         if name == "skip":
             continue
-        if name in ("number", "words"):
+        if name == "number":
             value = _number(m[0])
             name = "number" if value is not None else "other"
         kind = _KIND.get(name) or _OPERATORS.get(" ".join(m[0].lower().split()), m[0])
@@ -466,8 +440,8 @@ def _call(name: str, *arguments):
     if name == r"\frac":
         return _apply("/", *arguments)
     if name == r"\sqrt":
-        parts = [(part, math.isqrt(max(part, 0))) for part in Fraction(arguments[0]).as_integer_ratio()]
-        return Fraction(parts[0][1], parts[1][1]) if all(root * root == part for part, root in parts) else None
+        root = Fraction(*(math.isqrt(max(part, 0)) for part in Fraction(arguments[0]).as_integer_ratio()))
+        return root if root * root == arguments[0] else None
     if max(arguments) > (20_000 if name == r"\binom" else 5_000):
         raise OverflowError
     if any(Fraction(n).denominator > 1 or n < 0 for n in arguments) or name == r"\Gamma":
@@ -487,53 +461,48 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1, roots=
     depth = list(itertools.accumulate({"(": 1, ")": -1}.get(t.kind, 0) for t in tokens))
     if not tokens or max(depth) > _NESTED or min(depth) < 0 or depth[-1]:
         return None
-    place = 0
+    rest = list(reversed(tokens))  # those still to be read, the next one at its end
 
     def kind() -> str:
-        return tokens[place].kind if place < len(tokens) else ""
-
-    def take() -> Token:
-        nonlocal place
-        place += 1
-        return tokens[place - 1]
+        return rest[-1].kind if rest else ""
 
     def group():
         if kind() != "(":
             return None
-        take()
+        rest.pop()
         value = expression(1)
-        take()  # brackets are balanced, and nothing else ends an expression in them
+        rest.pop()  # brackets are balanced, and nothing else ends an expression in them
         return value
 
     def expression(least: int):
         """The value up to the first operator that binds less tightly than `least`."""
-        start = place
+        start = len(rest)
         if kind() in ("", ")", "("):
             value = group()
         elif kind() in ("+", "-"):
-            sign = -1 if take().kind == "-" else 1
+            sign = -1 if rest.pop().kind == "-" else 1
             value = expression(3)  # -2^2 is -4
             value = None if value is None else sign * value
         elif kind() == "f":
-            name = take().text
+            name = rest.pop().text
             arguments = [group() for _ in range(1 if name in (r"\Gamma", r"\sqrt") else 2)]
             value = _call(name, *arguments)
             if roots and name == r"\sqrt" and value is None and (arguments[0] or -1) > 0:
                 value = Fraction(math.isqrt(int(arguments[0] * 10**60)), 10**30)
         else:
-            value = take().value
+            value = rest.pop().value
         while (binds := _BINDS.get(kind(), 2)) >= least:
             if kind() == "!":
-                value = _call(take().kind, value)
+                value = _call(rest.pop().kind, value)
             elif kind() == "%":
-                take()
+                rest.pop()
                 value = _apply("*", value, percent)
             elif kind() in "+-*/^":
-                terms = 1 + sum(t.kind in "+-" for t in tokens[start:place]) if kind() == "^" else 1
-                operator = take().kind
+                terms = 1 + sum(t.kind in "+-" for t in tokens[-start : -len(rest)]) if kind() == "^" else 1
+                operator = rest.pop().kind
                 value = _apply(operator, value, expression(binds + (operator != "^")), terms)
             else:  # 3(4) is a product, 3 4 is none, and what stands apart as in 3 (4) is a remark
-                tight = kind() != "n" and tokens[place - 1].end == tokens[place].start
+                tight = kind() != "n" and tokens[-len(rest) - 1].end == rest[-1].start
                 value = _apply("*", value if tight else None, expression(3))
         return value
 
@@ -562,9 +531,8 @@ _TOLD = (  # where an answer is given without a box
     re.compile(r"(?:\b(?:[Oo]ption|[Cc]hoice)\b\W{1,6}|选项?\s?)([A-J])\W*\Z"),
     # what follows lies in a lookahead, since one such phrase may stand inside another
     re.compile(
-        r"(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
-        r"(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.!]|\.(?=\d)|!(?=[\d)}])){1,400}))",
-        re.I,
+        r"(?i)(?:\b(?:answer|option|choice)\b(?:\s+is\b|\s*[:=])|答案(?:是|为)?\s*:?)"
+        r"(?=(?:[:\s*]|\\\[){0,20}((?:[^\n.!]|\.(?=\d)|!(?=[\d)}])){1,400}))"
     ),
 )
 _END = re.compile(r"(?:\s{0,9}(?:</s>|<eos>|<end_of_turn>|<\|\w{1,20}\|>)){1,9}\s*\Z")
@@ -580,16 +548,14 @@ _BOLD = re.compile(  # no heading, and nothing that its sentence goes on to coun
     r"(?:(?<=[.!?]\*\*)|(?![^.!?\n]{0,99}(?:[,;]|\b(?:so|and|then|which)\b)[^.!?\n]{0,99}\d))"
     r"(?=(?:(?!\n\s{0,9}\n|\*\*)[\s\S]){0,600}\Z)"
 )
-_FORMULA = re.compile(  # the last formula, with no number behind it
-    r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}\Z", re.S
-)
+# the last formula, with no number behind it
+_FORMULA = re.compile(r"(?:\$\$?([^$]{1,400})\$\$?|\\\((.{1,400}?)\\\)|\\\[(.{1,400}?)\\\])[^0-9$]{0,400}\Z", re.S)
 _WORD = re.compile(r"(?<![\\A-Za-z{])[^\W\d_]{2,}")  # no command, not \text{...}
 _LAST = re.compile(
     rf"\(-?{_DIGITS}(?:,\s*-?{_DIGITS}){{1,3}}\)"
     rf"|(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d+ out of \d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}"
     rf"|{_DIGITS}(?:/\d+|(?:\\sqrt\{{\d+\}})?(?:\s?\\pi)?))"
 )
-
 _NEGATED = re.compile(r"\b(?:not|cannot|never|unable)\b|n['’]t\b", re.I)  # its last number is no answer
 _EVASIVE = re.compile(
     r"\b(?:unable to|(?:can|could|do)(?: ?not|n['’]t) (?:work|solve|find|determine|tell|know|answer))\b", re.I
@@ -609,8 +575,7 @@ def boxes(text: str) -> list[tuple[int, int, str | None]]:
         for brace in _BRACE.finditer(text, match.end()):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                end = brace.end()
-                content = text[match.end() + 1 : end - 1].strip()
+                end, content = brace.end(), text[match.end() + 1 : brace.start()].strip()
                 break
         found.append((match.start(), end, content))
     return found
@@ -695,20 +660,14 @@ _DIMENSIONS = (  # nearly any word may stand behind a number; these, in any form
     "percent;joule j;newton n;volt v;watt w",
     "square sq;cubic",
 )
-_UNITS = {
-    form: names.split()[0]
-    for line in _DIMENSIONS
-    for names in line.split(";")
-    for name in names.split()
-    for form in (name, name + "s", name + "es")
-}
-_DIMENSION = {names.split()[0]: line for line in _DIMENSIONS for names in line.split(";")}
+_NAMES = [(names.split(), line) for line in _DIMENSIONS for names in line.split(";")]  # of a unit, its own in front
+_UNITS = {name + end: names[0] for names, _ in _NAMES for name in names for end in ("", "s", "es")}
+_DIMENSION = {names[0]: line for names, line in _NAMES}
+_PARTS = "third quarter fourth fifth sixth seventh eighth ninth tenth".split()
 _NO_UNIT = frozenset(  # words that change what a number says
-    "or and is are was not no to than from plus minus negative half halves third thirds quarter quarters tens dozens"
-    " score scores squared cubed mod modulo maybe perhaps between twice double if sin cos tan log ln exp sqrt"
-    " remainder".split()
-    + [f"{word}th{s}" for word in "four fif six seven eigh nin ten".split() for s in ("", "s")]
-    + [word + s for word in (*_SCALES, *_WORDS) for s in ("", "s")]
+    "or and is are was not no to than from plus minus negative half halves squared cubed mod modulo maybe perhaps"
+    " between twice double if sin cos tan log ln exp sqrt remainder".split()
+    + [word + s for word in (*_SCALES, *_WORDS, *_PARTS, "score") for s in ("", "s")]
 )
 _LABEL = re.compile(  # words at the end, behind 5, } ), \pi, 3x or "million"
     rf"(?:(?<=[\d}})])|(?<=\\pi)|(?<=\\pi\s)|(?<=\d[a-z])(?=\s)|{'|'.join(f'(?<={scale})' for scale in _SCALES)})\s*"
@@ -727,48 +686,41 @@ def _matrix(rows: str) -> str:
 
 
 _WORDING = [
-    (re.compile(pattern), by)
-    for pattern, by in (
-        (r"\\?\$", ""),
-        (r"\\?%", " percent "),
-        (rf"(?i)(\d+)\s*\(({_IN_WORDS})\)\s*$", lambda m: m[1] if int(m[1]) == _number(m[2]) else m[0]),  # 7 (seven)
-        (rf"(?i)^({_IN_WORDS})\s*\((\d+)\)", lambda m: m[2] if int(m[2]) == _number(m[1]) else m[0]),
-        (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
-        (r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", "")),  # 21 000
-        (r"^\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
-        (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
-        (
-            r"(?i)^(?:strictly )?between (\S+) and ([^\s,]+)(,? inclusive)?$",
-            lambda m: ("[%s, %s]" if m[3] else "(%s, %s)") % m.groups()[:2],
-        ),
-        (r"(?i)^all (?:[a-z]+ )?(?:numbers|integers|values) (?:of )?(?=[a-z] ?[<>\\]|(?:greater|less|more) )", ""),
-        (r"(?i)^(?:greater|more) than( or equal to)? ", lambda m: r"x \ge " if m[1] else "x > "),
-        (r"(?i)^less than( or equal to)? ", lambda m: r"x \le " if m[1] else "x < "),
-        (r"^(?:[Aa]ll real(?:s| numbers)|\\mathbb\{?R\}?)$", r"(-\\infty, \\infty)"),
-        (r"^(\d+) to (\d+)$", r"\1:\2"),
-        (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
-        (r"^(\d+)\s?\^?\s?\{?\s?(?:st|nd|rd|th)\s?\}?(?= [a-z]+$|$)", r"\1"),  # 5th
-        (rf"(?i)\s*\(?\s*\bbase[\s-]+(\d+|{_IN_WORDS})\s*\)?$", r"_{\1}"),
-        (r"^\[\[(?:[^\[\]]|\],\s?\[)*\]\]$", lambda m: _matrix(m[0])),
-        (r"^[A-Z](?=\([-\d.\s,]+\)$)", ""),  # the point C(8, -2)
-        (r"\s*,?\s+(?:and|or)\s+", ", "),
-        (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
-        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
-        (r"(?<=\{)\s+|\s+(?=\})", ""),
-        (r",?\s*&\s*(?:(?:if|for|when) )?\s*", " & "),  # x, & if x > 0, \\ of cases
-        (r"[,.]?\s*(?=\\\\[^&]*&|\\end\{c)", " "),
-        (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+,? ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
-        (r"(?i)^\s*(?:either |(?:[a-z]+ ){0,4}[a-z]{3,}\s?:\s+(?=[-\d(\\]))", ""),
-        (
-            r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.^_])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))",
-            "",
-        ),  # 3 i, 1.0i
-        (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
-        (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+,;])+|(?:(?<!\.)\.|[;,\s])+$", ""),
-        (r"(?<=\d)\s?:\s?(?=\d)", ":"),
-        (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2] or ""),
-    )
+    (r"\\?\$", ""),
+    (r"\\?%", " percent "),
+    (rf"(?i)(\d+)\s*\(({_IN_WORDS})\)\s*$", lambda m: m[1] if int(m[1]) == _number(m[2]) else m[0]),  # 7 (seven)
+    (rf"(?i)^({_IN_WORDS})\s*\((\d+)\)", lambda m: m[2] if int(m[2]) == _number(m[1]) else m[0]),
+    (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
+    (r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", "")),  # 21 000
+    (r"^\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
+    (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
+    (r"(?i)^(?:strictly )?between (\S+) and ([^\s,]+)$", r"(\1, \2)"),
+    (r"(?i)^(?:strictly )?between (\S+) and ([^\s,]+),? inclusive$", r"[\1, \2]"),
+    (r"(?i)^all (?:[a-z]+ )?(?:numbers|integers|values) (?:of )?(?=[a-z] ?[<>\\]|(?:greater|less|more) )", ""),
+    (r"(?i)^(?:greater|more) than( or equal to)? ", lambda m: r"x \ge " if m[1] else "x > "),
+    (r"(?i)^less than( or equal to)? ", lambda m: r"x \le " if m[1] else "x < "),
+    (r"^(?:[Aa]ll real(?:s| numbers)|\\mathbb\{?R\}?)$", r"(-\\infty, \\infty)"),
+    (r"^(\d+) to (\d+)$", r"\1:\2"),
+    (r"^(\d+) (?:in|out of) (\d+)$", r"\1/\2"),
+    (r"^(\d+)\s?\^?\s?\{?\s?(?:st|nd|rd|th)\s?\}?(?= [a-z]+$|$)", r"\1"),  # 5th
+    (rf"(?i)\s*\(?\s*\bbase[\s-]+(\d+|{_IN_WORDS})\s*\)?$", r"_{\1}"),
+    (r"^\[\[(?:[^\[\]]|\],\s?\[)*\]\]$", lambda m: _matrix(m[0])),
+    (r"^[A-Z](?=\([-\d.\s,]+\)$)", ""),  # the point C(8, -2)
+    (r"\s*,?\s+(?:and|or)\s+", ", "),
+    (r"\s*,?\s*(?:(?:for (?:all|any|every|each)|where)\b|\\forall).*$", ""),
+    (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi"),
+    (r"(?<=\{)\s+|\s+(?=\})", ""),
+    (r",?\s*&\s*(?:(?:if|for|when) )?\s*", " & "),  # x, & if x > 0, \\ of cases
+    (r"[,.]?\s*(?=\\\\[^&]*&|\\end\{c)", " "),
+    (r"(?i)^\s*(?:(?:the )?(?:final )?answer(?: is|:)\s*|(?:[a-z]+,? ){1,6}(?:is|are|equals) (?=[-\d(\\]))", ""),
+    (r"(?i)^\s*(?:either |(?:[a-z]+ ){0,4}[a-z]{3,}\s?:\s+(?=[-\d(\\]))", ""),
+    (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.^_])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
+    (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
+    (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+,;])+|(?:(?<!\.)\.|[;,\s])+$", ""),
+    (r"(?<=\d)\s?:\s?(?=\d)", ":"),
+    (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2]),
 ]
+_WORDING = [(re.compile(pattern), by) for pattern, by in _WORDING]
 _FAMILY = re.compile(r"[\s,;(]*\b([a-z])\s*\\in\s*\\mathbb\s?\{?[ZN]\}?\s*\)?$")
 _EQUALS = re.compile(r"(?:=|\\equiv(?![a-z])|\\in(?![a-z]))(?![^{}]*(?<!\\)\})")  # not that of \sum_{k=1}
 _INSIDE = re.compile(r"_\s*(?:\{[^{}]*\}|\w)|\^\s*\{?-1\}?|(?<=[\w}])\([\w, ]*\)$")  # of a name: m_{\max}, f^{-1}, f(2)
@@ -919,20 +871,14 @@ def _lists_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
     """Values that each have a name, in any order: x = 3, y = -4 for y = -4, x = 3."""
     if "=" not in answer.whole or "=" not in gold.whole:
         return None
-    named = []
+    sides = []
     for side in (answer, gold):
         pieces = [piece.partition("=") for piece in _pieces(side.whole)]
-        named.append(sorted((name.strip(), value.strip()) for name, _, value in pieces))
-    names, values = ([tuple(pair[i] for pair in side) for side in named] for i in (0, 1))
-    if names[0] != names[1] or len(set(names[0])) < 2 or len(set(names[0])) < len(names[0]) or not all(values[0]):
+        sides.append(zip(*sorted((name.strip(), value.strip()) for name, _, value in pieces)))
+    (names, values), (wanted, golds) = sides
+    if names != wanted or not len(names) == len(set(names)) > 1 or not all(values):
         return None
-    answer, gold = (side._replace(text=f"({', '.join(of)})") for side, of in zip((answer, gold), values))
-    return _formulas_equal(answer, gold)
-
-
-def _texts_equal(answer: Answer, gold: Answer) -> bool | None:
-    sides = [side.text if "{cases}" not in side.text else "".join(side.text.split()) for side in (answer, gold)]
-    return sides[0] == sides[1] or None
+    return _formulas_equal(*(side._replace(text=f"({', '.join(v)})") for side, v in ((answer, values), (gold, golds))))
 
 
 def _numbers_equal(answer: Answer, gold: Answer) -> bool | None:
@@ -982,10 +928,9 @@ def _interval(text: str) -> str:
         ends = sorted(_pieces(points[1] or points[2]), key=lambda point: _value(point) or 0)
         return r"\cup".join(f"({a}, {b})" for a, b in itertools.pairwise([r"-\infty", *ends, r"\infty"]))
     if size := re.fullmatch(r"\|[A-Za-z]\|\s*(<|>|\\[lg]e)\s*([^-+]+)", text):
-        (sign, end), strict = size.groups(), size[1] in "<>"
-        if sign in ("<", r"\le"):
-            return f"(-{end}, {end})" if strict else f"[-{end}, {end}]"
-        return rf"(-\infty, -{end}{')' if strict else ']'}\cup{'(' if strict else '['}{end}, \infty)"
+        (sign, end), (low, high) = size.groups(), "()" if size[1] in "<>" else "[]"
+        outside = rf"(-\infty, -{end}{high}\cup{low}{end}, \infty)"
+        return f"{low}-{end}, {end}{high}" if sign in ("<", r"\le") else outside
     parts = _RELATION.split(text)  # value, sign, value, ...
     greater = {sign.startswith((">", "\\g")) for sign in parts[1::2]}
     if greater == {True}:  # read it from the other side
@@ -1001,15 +946,15 @@ def _interval(text: str) -> str:
     return f"{low}, {high}"
 
 
-def _intervals_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str] | None:
-    """Where a side is an inequality or leaves points out; two intervals are formulas."""
-    sides = [side._replace(text=_interval(side.text)) for side in (answer, gold)]
-    return None if sides == [answer, gold] else _formulas_equal(*sides)
+def _intervals_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
+    """As formulas, where a side that is an inequality or leaves points out is an interval."""
+    return _formulas_equal(*(side._replace(text=_interval(side.text)) for side in (answer, gold)))
 
 
 def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     """What is left for math-verify, unless it would cost too much or only one side has letters (not \\pi, e or i)."""
-    if answer.text == gold.text:  # as another kind spells them
+    one, other = ("".join(side.text.split()) if "{cases}" in side.text else side.text for side in (answer, gold))
+    if one == other:
         return True
     if "=" in gold.text or ("=" in answer.text and gold.name):  # equations, of which one may be y = 2x
         sides = answer.whole, gold.whole
@@ -1026,17 +971,7 @@ def _formulas_equal(answer: Answer, gold: Answer) -> bool | tuple[str, str]:
     return False if letters[0] and not letters[1] else sides
 
 
-_KINDS = (
-    _equations_equal,
-    _lists_equal,
-    _texts_equal,
-    _numbers_equal,
-    _bases_equal,
-    _options_equal,
-    _words_equal,
-    _intervals_equal,
-    _formulas_equal,
-)
+_KINDS = (_equations_equal, _lists_equal, _numbers_equal, _bases_equal, _options_equal, _words_equal, _intervals_equal)
 
 
 def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
@@ -1063,8 +998,7 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
 
 def _serve() -> None:
     """A worker: reads [seconds, answer, gold], writes verdicts. The kernel ends it when a comparison outlasts its time:
-    an alarm without a handler also stops C code, needs no signal in the caller, and leaves nobody behind if that dies.
-    """
+    an alarm without a handler stops C code too, needs no signal in the caller, leaves nobody behind if that dies."""
     import resource  # not on Windows; the caller needs none of it
 
     out = os.fdopen(os.dup(1), "w")
@@ -1165,21 +1099,14 @@ cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back f_code f_globals f_loc
 # what takes names as text, lets an object of a program's decide what is equal, or leads to other frames and classes
 SAFE = """__init__ __name__ __doc__ __str__ __repr__ __len__ __iter__ __next__ __getitem__ __setitem__ __call__
 __enter__ __exit__ __slots__ __future__""".split()  # dunders by which no object can agree with a test
-_FENCE = re.compile(r"^ {0,3}(`{3,})[ \t]*([\w+-]*)[^`\n]*$", re.M)
+_FENCED = re.compile(  # a block up to a fence that is as long as its first and has no name, or to the end
+    r"^ {0,3}(`{3,})[ \t]*([\w+-]*)[^`\n]*$(?:\n(.*?)^ {0,3}\1`*(?![ \t]*[\w+-])[^`\n]*$|.*\Z)", re.M | re.S
+)
 
 
 def programs(text: str) -> list[tuple[int, int, str | None]]:
     """(start, end, content) of each block fenced by ```python, in characters; content None if it is never closed."""
-    found, opened = [], None
-    for m in _FENCE.finditer(text):
-        if opened is None:
-            opened = m
-        elif len(m[1]) >= len(opened[1]) and not m[2]:
-            found.append((opened, m.end(), text[opened.end() + 1 : m.start()]))
-            opened = None
-    if opened:
-        found.append((opened, len(text), None))
-    return [(m.start(), end, code) for m, end, code in found if m[2].lower() in ("python", "python3", "py")]
+    return [(*m.span(), m[3]) for m in _FENCED.finditer(text) if m[2].lower() in ("python", "python3", "py")]
 
 
 def extract_program(completion: str) -> str | None:
@@ -1205,8 +1132,7 @@ def _inside(seconds: int, memory: int, modules: list, withheld: list, safe: list
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
-    limits = dict(AS=memory, CPU=seconds, NPROC=0, NOFILE=32, FSIZE=1 << 20, CORE=0)
-    for name, limit in limits.items():
+    for name, limit in dict(AS=memory, CPU=seconds, NPROC=0, NOFILE=32, FSIZE=1 << 20, CORE=0).items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit + (name == "CPU")))  # told, then killed
     try:
         if os.fork() == 0:
@@ -1382,10 +1308,7 @@ def _sandbox() -> list[str]:
     command += "--die-with-parent --new-session --clearenv --setenv OPENBLAS_NUM_THREADS 1".split()
     command += ["--setenv", "LD_LIBRARY_PATH", "/python/lib", "--ro-bind", prefix, "/python"]
     for place in ("/usr", "/lib", "/lib64", "/nix"):
-        if os.path.islink(place):
-            command += ["--symlink", os.readlink(place), place]
-        elif os.path.isdir(place):
-            command += ["--ro-bind", place, place]
+        command += ["--ro-bind-try", place, place]
     command += "--perms 0755 --dir /packages".split()
     if spec := importlib.util.find_spec("numpy"):
         for folder in (spec.submodule_search_locations[0], spec.submodule_search_locations[0] + ".libs"):
@@ -1400,14 +1323,11 @@ def _test(pair: tuple[str, str]) -> bool | str:
     """Whether a program passes its tests, in a sandbox of its own; or "refused", "timeouts", "errors"."""
     program, tests = (text.encode("utf-8", "replace") for text in pair)
     secret = os.urandom(24).hex().encode()
-    fed, said = os.memfd_create("fed"), b""
-    try:
-        os.write(fed, b"%10d%10d%b%b%b" % (len(program), len(tests), program, tests, secret))
-        os.lseek(fed, 0, os.SEEK_SET)
+    with open(os.memfd_create("fed"), "w+b", buffering=0) as fed:
+        fed.write(b"%10d%10d%b%b%b" % (len(program), len(tests), program, tests, secret))
+        fed.seek(0)
         process = subprocess.Popen(_sandbox(), stdin=fed, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    finally:
-        os.close(fed)
-    over = time.monotonic() + WALL
+    over, said = time.monotonic() + WALL, b""
     with process.stdout as out:
         while len(said) < 1024:  # a dot when the program starts, the secret or "refused": nothing longer is read
             ready = select.select([out], [], [], max(over - time.monotonic(), 0))[0]
@@ -1430,16 +1350,15 @@ def _test(pair: tuple[str, str]) -> bool | str:
 @functools.lru_cache
 def _check_sandbox() -> None:
     """Ends the program with one line where no program can be run safely: nothing is ever run without the sandbox."""
+    need = "problems of kind 'code' need a sandbox, and"
     hint = "install the package bubblewrap (0.8 or later; apt-get install bubblewrap)"
     if not shutil.which("bwrap"):
-        raise SystemExit(f"problems of kind 'code' need a sandbox, and bwrap is not there: {hint}")
+        raise SystemExit(f"{need} bwrap is not there: {hint}")
     if _test(("x = 1", "assert x == 1")) is not True:
         done = subprocess.run(_sandbox(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WALL)
         told = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise SystemExit(
-            f"problems of kind 'code' need a sandbox, and bubblewrap cannot make one here ({told}): {hint}, "
-            "and allow it user namespaces, or run as an ordinary user"
-        )
+        hint += ", and allow it user namespaces, or run as an ordinary user"
+        raise SystemExit(f"{need} bubblewrap cannot make one here ({told}): {hint}")
 
 
 @functools.lru_cache(256)
@@ -1488,10 +1407,8 @@ _AMOUNTS = frozenset(  # behind whose "of" no share is taken
     "total sum cost amount volume area perimeter length width height weight distance price value profit speed".split()
 )
 _THINGS = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, cups of tea, miles per hour
-_COUNTED = re.compile(  # not the km of "= 90 km = 90,000 m"
-    rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_THINGS}(?=[=~])"
-)
-
+# not the km of "= 90 km = 90,000 m"
+_COUNTED = re.compile(rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_THINGS}(?=[=~])")
 _REMAINDER = re.compile(r"[\s,(]*(?:with )?(?:a )?(?:remainder|r)(?: of)? ?(\d+)", re.I)
 
 
@@ -1680,7 +1597,7 @@ def _last_side(tokens: list[Token], sign: int, end: int) -> list[Token]:
 def _scan(text: str) -> list[Statement]:
     """Statements among runs of numbers, operators and equality signs."""
     edge = Token(";", "", 0, 0, None)
-    found, tokens = [], [edge, *_without_units(_tokens(text)), edge, edge, edge]
+    found, tokens = [], [edge, *_without_units(_tokens(text)), edge]
     for run in re.finditer("[-n+*/^!%()f=~]+", "".join(t.kind for t in tokens)):
         signs = [k for k in range(*run.span()) if tokens[k].kind in "=~"]
         if signs:
@@ -1720,22 +1637,21 @@ def statements(text: str) -> tuple[Statement, ...]:
 
 def _numbers(text: str) -> list[tuple[int, int | Fraction]]:
     """(position, value) of every number, with its sign: the 8 of "-8" is negative, that of "11-8" is not."""
-    found, minus, before = [], False, None
+    found, minus, before = [], False, ";"
     for token in _tokens(text):
         if token.kind == "n":
             found.append((token.start, -token.value if minus else token.value))
-        minus = token.kind == "-" and (before is None or before.kind not in "n)")
-        before = token
+        minus, before = token.kind == "-" and before not in "n)", token.kind
     return found
 
 
 def _free_numbers(text: str) -> list[tuple[int, int | Fraction]]:
     """Those of `_numbers` that are no part of a statement."""
-    found, free = statements(text), []
-    starts, ends = [s.position for s in found], list(itertools.accumulate((s.end for s in found), max))
+    free, ahead, end = [], list(reversed(statements(text))), 0
     for start, value in _numbers(_unannotated(text)):
-        i = bisect.bisect_right(starts, start)
-        if not i or ends[i - 1] <= start:  # no statement reaches over it
+        while ahead and ahead[-1].position <= start:
+            end = max(end, ahead.pop().end)
+        if end <= start:  # no statement reaches over it
             free.append((start, value))
     return free
 
@@ -1762,34 +1678,25 @@ def fidelity(expert: str, rewrite: str) -> float:
 # --- words and shares of words ---
 
 _SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation|passage|write-?up|wording|working)"
-_SOURCE = re.compile(  # in lower case, with single spaces
-    rf"""\b(?:
-    (?:given|provided|original|official|reference|expert|above|sample|model|teacher|textbook|worked)(?:['’]s)?
-    [ ]{_SOLUTION}
-    |ground[ -]truth|the[ ]author|previous[ ]solution|(?:known|stated|expected)[ ](?:final[ ])?answer|answer[ ]key
-    |{_SOLUTION}[ ](?:above|provided|given)|the[ ]steps?[ ](?:provided|given)
-    |(?:shown|provided)[ ]to[ ](?:me|us)|the[ ]reference\b(?![ ](?:to|angle|point|frame|line|level|value|group)\b)
-    |(?:as|in|from|following|per|see|to)[ ]the[ ](?!answer|text){_SOLUTION}(?![ ](?:to|of|for|set)\b)
-    |as[ ]the[ ]answer[ ]\w+
-    |(?:the|your)[ ]solution[ ](?:finds?|shows?|says?|states?|uses?|gives?|tells?|did|writes?|computes?|starts?
-    |multipl\w+)
-    |the[ ]original(?=[,.:;])|the[ ]expert|you[ ](?:gave|showed|provided|sent)
-    |(?:stated|shown|given)[ ]in[ ]the[ ]{_SOLUTION}|back(?:wards?)?[ ]from[ ]the[ ]{_SOLUTION}
-    |{_SOLUTION}[ ](?:that[ ])?(?:i|we)[ ](?:was|were|am|are)[ ](?:given|shown)
-    |(?:rewrit|rephras|paraphras|reword)\w*[ ](?:(?:of[ ])?(?:the|this|your)[ ])?{_SOLUTION}
-    |(?:my|the|a|your)[ ](?:rewrite|rewriting|rewording|rephrasing|version)|rewritten[ ]version|paraphras\w+
-    |in[ ](?:my|your|our)[ ]own[ ]words|as[ ]if[ ](?:i|you)[ ]had|i[ ]was[ ](?:shown|given|handed)
-    |(?:original|my)[ ]wording|{_SOLUTION}[ ]in[ ]front[ ]of[ ](?:me|us)
-    |according[ ]to[ ]the[ ](?:{_SOLUTION}(?![ ]key)|teacher|expert)|teacher['’]s[ ]\w+
-    |(?:the|my|our)[ ]teacher[ ](?:\w+[ ])?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*
-    )\b""",
-    re.X,
-)
+_SOURCE = rf"""
+(?:given|provided|original|official|reference|expert|above|sample|model|teacher|textbook|worked)(?:['’]s)? {_SOLUTION}
+|ground[ -]truth|the author|previous solution|(?:known|stated|expected) (?:final )?answer|answer key
+|{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|(?:shown|provided) to (?:me|us)|the expert
+|the reference\b(?! (?:to|angle|point|frame|line|level|value|group)\b)|you (?:gave|showed|provided|sent)
+|(?:as|in|from|following|per|see|to) the (?!answer|text){_SOLUTION}(?! (?:to|of|for|set)\b)|as the answer \w+
+|(?:the|your) solution (?:(?:find|show|say|state|use|give|tell|write|compute|start)s?|did|multipl\w+)
+|(?:stated|shown|given) in the {_SOLUTION}|back(?:wards?)? from the {_SOLUTION}|{_SOLUTION} in front of (?:me|us)
+|{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)|i was (?:shown|given|handed)
+|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}|rewritten version|paraphras\w+
+|(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing|version)|in (?:my|your|our) own words
+|(?:original|my) wording|as if (?:i|you) had|according to the (?:{_SOLUTION}(?! key)|teacher)|teacher['’]s \w+
+|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*|the original(?=[,.:;])
+"""
+_SOURCE = re.compile(rf"\b(?:{''.join(_SOURCE.splitlines())})\b")  # of a text in lower case, with single spaces
 _SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
 _STATED = re.compile(
-    r"\banswer(?: (?:to|of|for)\b[^.,=*+/\n]{0,40}?)?['\"]?\s*(?:\bis\b|[:=])\W*"
-    rf"(?:[0-9][0-9.,]*(?![0-9.,]|\s?{_SIGN}\s?[\d$(\\])|{_IN_WORDS})",
-    re.I,
+    r"(?i)\banswer(?: (?:to|of|for)\b[^.,=*+/\n]{0,40}?)?['\"]?\s*(?:\bis\b|[:=])\W*"
+    rf"(?:[0-9][0-9.,]*(?![0-9.,]|\s?{_SIGN}\s?[\d$(\\])|{_IN_WORDS})"
 )
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals|\\to)[\s*$\\]*\Z", re.I)
 _SENTENCE = re.compile(r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)")  # headings left out
@@ -1799,9 +1706,8 @@ _WORKED = re.compile(
 _OR = re.compile(r"\bor\b", re.I)
 _EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
 _UNSURE = re.compile(
-    r"\b(?:(?:could|might|may) also be|or (?:maybe|perhaps|possibly)"
-    r"|(?:i|we)(?:['’]m| am|['’]re| are) not (?:sure|certain))\b",
-    re.I,
+    r"(?i)\b(?:(?:could|might|may) also be|or (?:maybe|perhaps|possibly)"
+    r"|(?:i|we)(?:['’]m| am|['’]re| are) not (?:sure|certain))\b"
 )
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
 
@@ -1853,22 +1759,18 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
         return False
     if first and not re.search(rf"\||{_SIGN}", first[1]) and [number for _, number in _numbers(first[1])] == [value]:
         return True
-    if not claims:
-        return False
+    begun = claims[0].position if claims else 0
     small = value in range(-12, 13)  # may count anything: only "The result is 7", or 7 alone on a line
-    front = [start for start, number in _free_numbers(rewrite) if number == value and start < claims[0].position]
+    front = [start for start, number in _free_numbers(rewrite) if number == value and start < begun]
     for start in front[:9]:
         sentence = re.search(r"[.!?:;]\s|\n|\Z", rewrite[start:]).start() + start
         line_start = rewrite.rfind("\n", 0, start) + 1
         line = rewrite[line_start:].partition("\n")[0]
-        if (
-            line[:1] == "|"
-            or _WORKED.search(rewrite, line_start, start)
-            or re.match(rf"[\d.,]+\s*{_SIGN}", rewrite[start:])
-        ):
+        worked = _WORKED.search(rewrite, line_start, start) or re.match(rf"[\d.,]+\s*{_SIGN}", rewrite[start:])
+        if line[:1] == "|" or worked:
             return False  # reached, or part of a calculation
         told = _RESULT.search(rewrite, max(start - 60, 0), start) or not re.search("[A-Za-z+*/=]", line)
-        if told or (not small and (sentence < claims[0].position or claims[0].right != value)):
+        if told or (not small and (sentence < begun or claims[0].right != value)):
             return True
     return False
 
@@ -1885,7 +1787,6 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     plain, model = spelled(rewrite), spelled(expert)
     found, claims = answer_boxes(plain), statements(plain)
     inside = {content or "" for *_, content in found}
-    either = any(map(_OR.search, inside)) and not _OR.search(answer)
     # in numbers, signs and words, so that "thirty-five plus one" is no longer than "35+1"
     length, expected = (sum(t.kind != "(" for t in _tokens(_ANNOTATION.sub("", text))) for text in (plain, model))
     reasoning, behind = (plain[: found[0][0]], plain[found[-1][1] :]) if found else (plain, "")
@@ -1894,25 +1795,20 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     shown = shown or re.search(r"\d\s?[a-z]\s?(?:[-+][\d\s]*)?=", reasoning)
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {read.text if read.value is None else read.value for read in map(_read, inside)}
-    maybe = _MAYBE.match(behind)  # another number, not the same one in words
-    several = _read(answer).value is not None and any(
-        len(_pieces(_read(content).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", content) for content in inside
-    )
-    unsure = (
-        several
-        or _UNSURE.search(plain)
-        or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
-    )
+    hedged = len(values) > 1 or _UNSURE.search(plain) or (any(map(_OR.search, inside)) and not _OR.search(answer))
+    hedged = hedged or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
+    if maybe := _MAYBE.match(behind):  # another number, not the same one in words
+        hedged = hedged or {v for _, v in _numbers(maybe[1])} - values
+    if _read(answer).value is not None:  # several, where one is asked for
+        hedged = hedged or any(
+            len(_pieces(_read(c).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", c) for c in inside
+        )
     return {
         "early_answer": float(_early(problem, model, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or bool(skipped)),
-        "mentions_source": _mentions_source(problem, expert, rewrite),
-        "hedged": float(
-            len(values) > 1 or either or bool(unsure) or bool(maybe and {v for _, v in _numbers(maybe[1])} - values)
-        ),
+        "hedged": float(bool(hedged)),
         "false_arithmetic": float(not all(s.holds for s in claims)),
         "padding": _ramp(length / max(expected, 1), 1.5, 2.5),
-        "repetition": _repetition(rewrite),
         "copies_problem": _share(problem, rewrite, 8),
     }
 
@@ -1998,7 +1894,7 @@ def _hardcodes_tests(problem: str, expert: str, program: str, tests: str) -> boo
 
     def known(literal: str) -> bool:
         text = "".join(literal.split())
-        return text in shown or text in asked or text.strip("'\"") in asked
+        return text in shown or text.strip("'\"") in asked
 
     entries, wanted = _looked_up(program), {x for x in _literals(tests) if _telling(x)}
     wanted |= {repr(x) for x in wanted if x[0] in "[({"}  # compared as text
@@ -2019,13 +1915,10 @@ def _code_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     problem's signature as the expert's does: neither counts."""
     program, model = extract_program(rewrite) or "", extract_program(expert) or expert
     length, expected = (len(re.findall(r"\w+|[^\w\s]", text)) for text in (rewrite, expert))
-    copied = _share(problem, rewrite, 8) - _share(problem, expert, 8)
     return {
-        "mentions_source": _mentions_source(problem, expert, rewrite),
         "hardcodes_tests": float(len(program) <= PROGRAM_LENGTH and _hardcodes_tests(problem, model, program, answer)),
         "padding": _ramp(length / max(expected, 100), 1.5, 2.5),
-        "repetition": _repetition(rewrite),
-        "copies_problem": max(copied, 0.0),
+        "copies_problem": max(_share(problem, rewrite, 8) - _share(problem, expert, 8), 0.0),
     }
 
 
@@ -2071,7 +1964,7 @@ class Kind(typing.NamedTuple):
     vote: typing.Callable  # answer -> its key in a majority vote
     quick: typing.Callable  # completion, gold -> verdict, or the pair of texts that takes longer
     ask: typing.Callable  # that pair -> verdict, or a name of FAILURES
-    cheats: typing.Callable  # problem, expert, rewrite, gold -> the terms that are defined for this kind
+    cheats: typing.Callable  # problem, expert, rewrite, gold -> the terms that are this kind's own
     consistent: typing.Callable  # expert, rewrite -> fidelity, whether the rewrite agrees with its own answer
 
 
@@ -2154,7 +2047,8 @@ def cheats(problem: str, expert: str, rewrite: str, answer: str, kind: str = "ma
 
     Source: our reconstruction; the paper (DART, arXiv 2605.26924) says that there is a penalty of cheats.
     """
-    return dict.fromkeys((*HARD, *SOFT), 0.0) | KINDS[kind].cheats(problem, expert, rewrite, answer)
+    alike = {"mentions_source": _mentions_source(problem, expert, rewrite), "repetition": _repetition(rewrite)}
+    return dict.fromkeys((*HARD, *SOFT), 0.0) | alike | KINDS[kind].cheats(problem, expert, rewrite, answer)
 
 
 if __name__ == "__main__":

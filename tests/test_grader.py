@@ -259,6 +259,7 @@ def test_costly_answers_never_reach_a_worker(answer):
 PIECES = st.sampled_from(
     r"\boxed{ \boxed \frac \sqrt \sum_{k=1}^{99} \left( \right] \begin{pmatrix} \text{ { } $ ^ _ & \\ ! ( ) [ ] "
     r", . / = + - * 1 99 x \pi \infty answer: #### <answer> </answer> ٣ ² 😀 \int \binom{9}{3} % \\\\".split(" ")
+    + ["3 1/2", "3 AND 1/2", r"\FRAC{1}{2}", "2.5\nmillion", "THIRTY-five Thousand", "1.5E3"]
 )
 
 
@@ -271,6 +272,14 @@ def test_no_text_raises_or_takes_long(text, gold):
     assert reward.verify(text, gold) in (True, False)
     assert reward.verify(f"\\boxed{{{text}}}", gold) in (True, False)
     assert time.monotonic() - started < 2 * (reward.SECONDS + 10)
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [("3 AND 1/2", "7/2"), (r"\FRAC{1}{2}", "1/2"), ("5\nmillion", "5000000"), ("Greater than 3", "x > 3")],
+)
+def test_capitals_and_line_breaks_in_numbers(answer, gold):
+    assert reward.verify(f"\\boxed{{{answer}}}", gold) and not reward.verify(f"\\boxed{{{answer}}}", "7")
 
 
 HOSTILE = [
