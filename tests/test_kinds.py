@@ -351,6 +351,7 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     ("| boxes | 3 × 8 = 26 |\n| kept | 24 − 5 = 19 |\n\n\\boxed{19}", "false_arithmetic"),
     ("The fence has 14 m + 9 m = 24 m. ...", "false_arithmetic"),
     ("26 ÷ 8 = 3 remainder 1. ...", "false_arithmetic"),
+    ("3 cups of tea * 4 = 13 cups of tea. ...", "false_arithmetic"),
     ("The car does 90 km / 30 km/h = 4 h of driving. ...", "false_arithmetic"),
     (r"\sqrt{81} = 8. ...", "false_arithmetic"),
     ("Result → 19 pens. We see it so: ...", "early_answer"),
