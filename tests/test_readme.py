@@ -267,9 +267,9 @@ def wrong_cells(text: str) -> list[str]:
     return faults
 
 
-def wrong_orders(text: str) -> list[str]:
-    """Rows of the table of differences on a results page that results/toy.json does not have."""
-    arms, faults = json.loads(page("results/toy.json"))["arms"], []
+def wrong_orders(text: str, data: str = "results/toy.json") -> list[str]:
+    """Rows of the table of differences on a results page that its data does not have."""
+    arms, faults = json.loads(page(data))["arms"], []
     rows = re.findall(r"\| (\w+) \| (\w+) \| ([^|]*) \| ([^|]*), p [\d.]+ \|", text)
     for a, b, seeds, mean in rows:
         one, two = arms[a]["average"], arms[b]["average"]
@@ -362,6 +362,7 @@ def test_table_of_arms():
 
 def test_orders_of_arms():
     assert wrong_orders(page("results/toy.md")) == []
+    assert wrong_orders(page("results/compare.md"), "results/compare.json") == []
 
 
 def test_numbers_have_a_source():
