@@ -668,7 +668,7 @@ def resume_metrics(folder: Path, step: int) -> list[dict]:
 
     def cut() -> list[dict]:
         kept: list[dict] = []
-        for path in (folder / "rollouts.jsonl", folder / "metrics.jsonl"):
+        for path in (folder / "rollouts.jsonl", folder / "metrics.jsonl"):  # the last one's rows are returned
             kept = [row for row in written_rows(path) if row["step"] <= step]
             if path.exists():
                 write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
