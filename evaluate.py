@@ -285,8 +285,8 @@ def print_tables(evaluations: dict[str, dict[str, dict[str, dict]]]) -> None:
         return
     flags = {path: Path(path).parent / "config.json" for path in evaluations}  # not beside a copy of a NAME's folder
     configs = {path: json.loads(file.read_text())["config"] for path, file in flags.items() if file.exists()}
-    for path in others if first in configs else ():
-        for name in ("samples", "temperature", "max_tokens", "max_model_len") if path in configs else ():
+    for path in [path for path in others if {first, path} <= configs.keys()]:
+        for name in ("samples", "temperature", "max_tokens", "max_model_len"):
             a, b = (configs[p][name] for p in (first, path))
             if a != b:
                 print(f"note: --{name} was {b} for {labels[path]}, {a} for {labels[first]}")

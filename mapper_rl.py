@@ -1085,9 +1085,8 @@ def main():
 
     elapsed, generated = (done[-1]["elapsed"], done[-1]["generated_tokens"]) if done else (0.0, 0)
     total = None if config.max_seconds else config.steps  # where time ends the run, the bar tells the time
-    steps = iter(
-        range(first, config.steps)
-    )  # an iterator: of a range tqdm would take the length where there is no total
+    # an iterator: of a range tqdm would take the length where there is no total
+    steps = iter(range(first, config.steps))
     bar = tqdm(steps, initial=first, total=total, desc=config.task, disable=rank > 0)
     for step in bar:
         if config.max_seconds and elapsed >= config.max_seconds:

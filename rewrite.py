@@ -757,18 +757,20 @@ def main():
     reward.check_same_tokenizer(reward.load_tokenizer(config.mapper), tokenizer)
     stamps = [weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
-    fit = {s: {i for i, ids in prompts[s].items() if len(ids) < config.max_model_len} for s in sources}
     rows = [{name: row[name] for name in (*fields, "kind")} for row in rows]  # ours go beside these five
     experts = {row["id"]: reward.text_ids(tokenizer, row["problem"], row["solution"], row["kind"]) for row in rows}
     expert_length = {i: len(prompt) + len(response) for i, (prompt, response) in experts.items()}
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
     check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")
-    some = set.union(*fit.values()) - too_long  # the ids of rows for which a prompt fits
+    fit = {s: {i for i, ids in prompts[s].items() if len(ids) < config.max_model_len} - too_long for s in sources}
+    some = set.union(*fit.values())  # the ids of rows for which a prompt fits
     check(some, f"{config.data}: no prompt fits --max_model_len {config.max_model_len}")
     share = {r["id"] for r in rows if random.Random(f"share {config.seed} {r['id']}").random() < config.share}
-    to_write = share & some
-    check(to_write, f"--share {config.share}: none of the {len(rows)} rows falls into it and fits; raise it")
+    to_write = {source: share & fit[source] for source in sources}
+    check(
+        any(to_write.values()), f"--share {config.share}: none of the {len(rows)} rows falls into it and fits; raise it"
+    )
     output = Path(config.output_dir)
     save_config(config, output, may_change=("output_dir", "gpu_memory"))
     rank, world, device = init_distributed()
@@ -795,14 +797,13 @@ def main():
     max_len = min(readable, max(config.max_model_len, *(expert_length[row["id"]] for row in rows)) + 2)
     flags = dict(device=device, vocab=vocab, gpu_memory=config.gpu_memory, seed=config.seed, batched_tokens=2048)
     # of all ranks' rows: starting an engine is collective
-    if any(row["id"] in (to_write & fit[source]) - known[source].keys() for row in rest for source in sources):
+    if any(row["id"] in to_write[source] and row["id"] not in known[source] for row in rest for source in sources):
         running = config.mapper
         engine = start_engine(running, max_len if running == config.target else config.max_model_len, **flags)
     judged: dict[str, list[dict]] = {row["id"]: [] for row in mine}
     seconds = dict.fromkeys(judged, 0.0)
     for source in sources:
-        asked = to_write & fit[source]
-        open_rows = [r for r in mine if r["id"] in asked and not any(map(verified, judged[r["id"]]))]
+        open_rows = [r for r in mine if r["id"] in to_write[source] and not any(map(verified, judged[r["id"]]))]
         todo = [(row, prompts[source][row["id"]]) for row in open_rows if row["id"] not in known[source]]
         if todo:
             known[source] |= write_texts(engine, config, tokenizer, todo, source, output)

@@ -89,9 +89,9 @@ def lineage(model: str, stages: dict[Path, Stage]) -> list[Stage]:
         return []
     found, config = [stage], stage.config
     # a training set, the demonstrations it came from
-    while (stage := stages.get(Path(config["data"]).resolve().parent)) and stage.script == "rewrite":
-        if stage in found:
-            break  # its demonstrations lie in its own folder
+    while stage := stages.get(Path(config["data"]).resolve().parent):
+        if stage.script != "rewrite" or stage in found:  # demonstrations that lie in a stage's folder, or in its own
+            break
         config = stage.config
         found += [stage, *lineage(config["mapper"], stages)]
     if start := found[0].config.get("start_from"):
@@ -287,7 +287,9 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
             first.setdefault(row["id"], row["text"])
         else:  # of a run of one epoch no problem comes again: the rewriting stage has them all
             last[row["id"]] = row["text"]
-    demos = {r["id"]: r for r in read_jsonl(mapper.config["data"], {"id": str, "problem": str, "solution": str})}
+    data, fields = mapper.config["data"], {"id": str, "problem": str, "solution": str}
+    rows = reward.check_kinds(data, read_jsonl(data, fields, optional={"kind": str}), graded=False)
+    demos = {row["id"]: row for row in rows}
     mine = (mapper.folder / "model").resolve()
     for stage in stages:
         if stage.script == "rewrite" and Path(stage.config["mapper"]).resolve() == mine:
@@ -295,8 +297,7 @@ def rewrites(mapper: Stage, stages: list[Stage]) -> list[dict]:
             last |= {row["id"]: row["solution"] for row in chosen if row["source"] == "mapper"}
     shown = [i for i in first if i in demos and i in last and first[i].strip()][:PROBLEMS]
     texts = [{"expert": demos[i]["solution"], "before training": first[i], "after training": last[i]} for i in shown]
-    kinds = [demos[i].get("kind", "math") for i in shown]
-    return [{"problem": demos[i]["problem"], "kind": k, "texts": told} for i, k, told in zip(shown, kinds, texts)]
+    return [{name: demos[i][name] for name in ("problem", "kind")} | {"texts": told} for i, told in zip(shown, texts)]
 
 
 def own_answers(base: str, found: list[dict]) -> list[tuple[str, str, str]]:
