@@ -7,8 +7,7 @@
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
 # further arms are those that `COMPARE=1 bash runs/tune.sh` chose, for asft, rft_dft, mtg_dft and dart_dft in the first
 # world alone (results/tune.md). Arms named *_filtered apply DART's hard cheats to texts of another source, at that arm's
-# learning rate; dart_kl is DART with the other alignment, at DART's rates. The rft arms have rows of the problems only
-# that the base solves, the others of all.
+# learning rate. The rft arms have rows of the problems only that the base solves, the others of all.
 if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines of arms that you do not want" && exit 2; fi
 source "$(dirname "$0")/toy.sh"
 
@@ -44,17 +43,14 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft 4 400 "$RASFT_GRID"
 rasft rasft_filtered 4 400 "$RASFT_GRID" $FILTER
 
-# --- DART with the other alignment, its rewrites under DFT; direct GRPO with DART's
-# hard cheats in its reward ---
-dart dart_kl "" "--align kl"
+# --- DART's rewrites under DFT; direct GRPO with DART's hard cheats in its reward ---
 sft dart_dft "$OUT/dart/rewrite/train.jsonl" --loss dft $DART_DFT_GRID
 stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
     --steps 100000 --max_seconds "$(seconds dart/mapper dart/rewrite dart/sft)" $FILTER
 
 # --- evaluation of the arms that are there ---
 MODELS=()
-for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered dart_kl dart_dft \
-    grpo_filtered; do
+for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered dart_dft grpo_filtered; do
     for model in "$OUT/$arm"/{sft,round-4/sft,solve}/model; do
         if [ -d "$model" ]; then MODELS+=("$arm=$model"); fi
     done
