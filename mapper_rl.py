@@ -29,7 +29,8 @@ Left out: asynchronous generation, tensor parallelism, LoRA, refilling of droppe
     torchrun --nnodes=2 --rdzv-backend=c10d --rdzv-endpoint=$HOST:29500 --nproc-per-node=8 mapper_rl.py \
         --model BASE --data demos.jsonl --output_dir /shared/mapper                         # two nodes, a shared disk
 
-Writes OUTPUT_DIR/model (a Hugging Face folder), metrics.jsonl (a line a step), rollouts.jsonl (some to read),
+Writes OUTPUT_DIR/model (a Hugging Face folder), metrics.jsonl (a line a step: means over all rollouts, but for A,
+A_expert and align, which are of those that pass the gate, or of all without one), rollouts.jsonl (some to read),
 config.json. Started again with the same flags, it goes on from its last checkpoint.
 """
 
@@ -89,7 +90,7 @@ class Config:
     max_tokens: int = 1024  # longest response; what does not end by itself fails the gate
     max_model_len: int = 3072  # longest prompt and response together, in tokens
     # --- reward ---
-    align: str = "gain"  # in log-probability over y°; nll: the same, but a copy earns 0.5; group, kl: see `add_rewards`
+    align: str = "gain"  # in log-probability over the expert's text; nll: so that a copy earns 0.5; kl, group: README
     tau: float = 0.0  # gain, nll: gain in nats that is one unit of the sigmoid; 0: the spread of A(y°), at least 0.5
     kl_beta: float = 0.5  # slope of the kl alignment
     gate: bool = True  # map: what fails the gate earns no alignment; False: all but hard cheats earn it, right or not
@@ -116,7 +117,7 @@ class Config:
     gradient_checkpointing: bool = True  # recompute layers in the backward pass: a third slower, far less memory
     gpu_memory: float = 0.4  # share of the GPU that the engine may take
     # --- run ---
-    max_seconds: float = 0.0  # stop after this time of steps by the clock, saving left out; 0: only after `steps`
+    max_seconds: float = 0.0  # stop when the steps have taken so long, saving not counted; 0: only after `steps`
     save_every: int = 20  # steps between checkpoints; 0: none, and a killed run starts over
     export_every: int = 0  # steps between exported models (model-000020, ...), to draw a curve from; 0: none
     show: int = 4  # rollouts written to rollouts.jsonl a step
@@ -142,9 +143,8 @@ RANGES = {
     "[2, inf)": "group_size",
     "[1, inf)": "steps groups max_tokens max_model_len passes micro_batch_tokens head_chunk rollouts_per_row",
     "(0, inf)": "temperature lr max_grad_norm importance_cap",
-    "[0, inf)": "tau hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show "
-    "seed export_every",
-    "[0, 0.5]": "kl_beta",  # above it the alignment of a right rewrite could be below 0, which a wrong one has
+    "[0, inf)": "tau kl_beta hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds "
+    "save_every show seed export_every",
     "[0, 1]": "min_fidelity clip_low",
     "(0, 1)": "gpu_memory",
 }
@@ -399,7 +399,6 @@ def add_rewards(rollouts: list[dict], rows: list[dict], target, tau: float, conf
     pairs = [(rows[r["row"]]["solve_ids"], r["ids"]) for r in scored]
     scores = score(target, pairs, config.micro_batch_tokens, device, chunk=config.head_chunk)
     for r, logprobs in zip(scored, scores):
-        # the metrics A, A_expert and align are means over these, the other parts over all rollouts
         r["parts"] |= {"A": logprobs.mean().item(), "A_expert": rows[r["row"]]["expert_align"]}
         if config.align == "kl":
             r["parts"]["align"] = reward.align_kl(r["logprobs"], logprobs.tolist(), config.kl_beta)

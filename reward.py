@@ -518,7 +518,7 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1, roots=
 SECONDS, MEMORY = 5, 4 << 30  # seconds and bytes for one comparison by math-verify
 LONGEST, BRACKETS = 400, 40  # characters, opened brackets of an answer; what has more, or deeper ones, is wrong without
 # a look: nesting costs the parser time in powers of two
-# comparisons and programs that outlasted their time, in which math-verify or the sandbox failed, that were not run on
+# timeouts: out of time; errors: math-verify or the sandbox failed; refused: programs that break the sandbox's rules
 FAILURES = {"timeouts": 0, "errors": 0, "refused": 0}
 _POOL = ThreadPoolExecutor(min(4, os.cpu_count()))  # of threads that ask the workers; starts none before it is used
 _LOCAL = threading.local()  # a thread's worker
@@ -1683,12 +1683,12 @@ _SOURCE = rf"""
 |ground[ -]truth|the author|previous solution|(?:known|stated|expected) (?:final )?answer|answer key
 |{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|(?:shown|provided) to (?:me|us)|the expert
 |the reference\b(?! (?:to|angle|point|frame|line|level|value|group)\b)|you (?:gave|showed|provided|sent)
-|(?:as|in|from|following|per|see|to) the (?!answer|text){_SOLUTION}(?! (?:to|of|for|set)\b)|as the answer \w+
+|(?:as|in|from|following|per|see) the (?!answer|text){_SOLUTION}(?! (?:to|of|for|set)\b)|as the answer \w+
 |(?:the|your) solution (?:(?:find|show|say|state|use|give|tell|write|compute|start)s?|did|multipl\w+)
 |(?:stated|shown|given) in the {_SOLUTION}|back(?:wards?)? from the {_SOLUTION}|{_SOLUTION} in front of (?:me|us)
 |{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)|i was (?:shown|given|handed)
 |(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}|rewritten version|paraphras\w+
-|(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing|version)|in (?:my|your|our) own words
+|(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing)|(?:my|your) version|in (?:my|your|our) own words
 |(?:original|my) wording|as if (?:i|you) had|according to the (?:{_SOLUTION}(?! key)|teacher)|teacher['’]s \w+
 |(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*|the original(?=[,.:;])
 """
@@ -1706,7 +1706,7 @@ _WORKED = re.compile(
 _OR = re.compile(r"\bor\b", re.I)
 _EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
 _UNSURE = re.compile(
-    r"(?i)\b(?:(?:could|might|may) also be|or (?:maybe|perhaps|possibly)"
+    rf"(?i)\b(?:(?:could|might|may) also be(?=\W{{0,9}}(?:[\d\\]|{_IN_WORDS}))|or (?:maybe|perhaps|possibly)"
     r"|(?:i|we)(?:['’]m| am|['’]re| are) not (?:sure|certain))\b"
 )
 _MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box

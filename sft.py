@@ -89,7 +89,7 @@ PRESETS = {  # clipping to [1, 1] switches the ratio off
 class Config:
     # What is trained
     model: str = ""  # the target: a Hugging Face folder or hub name
-    data: str = ""  # JSONL with id, problem, solution, optionally weight: a set of rewrite.py's, or demonstrations
+    data: str = ""  # JSONL with id, problem, solution, and where they are: kind, weight, align (which rho needs)
     output_dir: str = ""  # run folder: config.json, metrics.jsonl, checkpoint-*, and at the end model/
     start_from: str = ""  # run folder whose last checkpoint (model, optimizer, step) goes on; keep it till the end
     max_length: int = 4096  # tokens of prompt and response; longer rows are named and dropped, never truncated

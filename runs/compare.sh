@@ -12,7 +12,7 @@ if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines
 source "$(dirname "$0")/toy.sh"
 
 DFT_GRID="--lr 1e-3 --steps 400"
-ASFT_GRID="--lr 1e-4 --steps 400"
+ASFT_GRID="--lr 3e-3 --steps 400"
 RFT_GRID="--lr 3e-4 --steps 400"
 RFT_DFT_GRID="--lr 1e-4 --steps 400"
 MTG_GRID="--lr 1e-4 --steps 400"
@@ -57,7 +57,5 @@ for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasf
 done
 rm -f "$OUT/eval-compare/seconds" # there may be more models than last time
 stage eval-compare evaluate.py --models "${MODELS[@]}" --benchmarks "${SUITE_FILES[@]}" "${EVALUATE[@]}"
-stage eval-half evaluate.py --models "sft_half_temperature=$OUT/sft/sft/model" --benchmarks "${SUITE_FILES[@]}" \
-    "${EVALUATE[@]}" --temperature 0.5
 
 report

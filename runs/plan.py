@@ -5,8 +5,8 @@
 
 Where there is no GPU it plans for this machine's CPU: a "GPU" is then a process, its memory an equal share of what is
 free. Exit code 1 and a line for each moment that does not fit, with the numbers to lower. Memory was read off the code
-and compared with updates on a CPU (tests/test_plan.py) and on one H100 (results/real.md). Hours are the assumed
-throughputs and all --steps, without prefill, grading and loading. b: bytes of a number in the forward pass (bf16: 2;
+and compared with updates on a CPU (tests/test_plan.py) and on one H100 (results/real.md). Hours follow from the
+assumed speeds and all --steps, without prefill, grading and loading. b: bytes of a number in the forward pass (bf16: 2;
 fp32, on a CPU: 4); what AdamW works on is fp32. weights = layers * layer + root; the root (embedding, final norm, head)
 stays gathered through a pass.
 """
@@ -46,7 +46,7 @@ class Config:
     tflops: float = 300.0  # assumed: peak of one GPU in bf16, 10^12 operations a second
     mfu: float = 0.3  # assumed: share of that peak that training and scoring reach
     decode_tokens_per_second: float = 8000.0  # assumed: generated tokens a second and GPU
-    cpu: bool = False  # fp32 in a CPU's processes, whose engine keeps its memory; so where there is no GPU
+    cpu: bool = False  # fp32; an engine keeps its memory during an update. Set where neither GPU nor --gpu_gib is there
 
     @property
     def b(self) -> int:

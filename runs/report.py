@@ -2,7 +2,7 @@
 
     python runs/report.py out/toy/seed0                    # -> out/toy/seed0/report.html and report.md
     python runs/report.py out/kl out/nll --out out/both    # two runs beside each other: out/both/report.html
-    python runs/report.py out/toy/seed? --out out/toy      # several seeds: a method has one colour, a seed a line
+    python runs/report.py out/toy/seed? --out out/toy/all  # several seeds: a method has one colour, a seed a line
 
 Below each RUN it finds every stage by its config.json, and shows what there is: accuracy with intervals, and against
 what it cost (an arm's seconds and tokens are those of all stages that its model came from); the mapper's reward,

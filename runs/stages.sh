@@ -61,9 +61,9 @@ recipe() {
     if [ "${NODE_RANK:-0}" = 0 ]; then .venv/bin/python runs/report.py "$OUT"; fi
 }
 
-# world SEED: the toy world out/world/seedSEED, made by two processes on any machine; one of another version is refused.
+# world SEED: the toy world out/world/seedSEED, made by two processes of any machine's CPU; another version is refused.
 world() {
-    (OUT=out/world LAUNCH=(--standalone --nproc-per-node=2) && stage "seed$1" runs/toy_world.py --seed "$1")
+    (export CUDA_VISIBLE_DEVICES= && OUT=out/world LAUNCH=(--standalone --nproc-per-node=2) && stage "seed$1" runs/toy_world.py --seed "$1")
 }
 
 # --- the methods, as stages. BASE: the target; DEMOS: the demonstrations; REWRITE, SFT: flags of all rewriting, tuning ---

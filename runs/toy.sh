@@ -8,9 +8,9 @@
 #   OUT=out/kl bash runs/toy.sh dart  # after an edit of a script: this arm alone, in the same world; both on one page:
 #   .venv/bin/python runs/report.py out/toy/seed0 out/kl/seed0 --out out/both
 #
-# A stage that is finished is skipped when this is started again; one that was killed goes on where it was (its seconds,
-# and direct GRPO's time if it was DART's, are then those of its last attempt). After an edit of a script choose another
-# OUT; after one of a prompt or of toy_world.py remove out/world too. What is set below wins over the scripts' defaults.
+# A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Its seconds
+# are then those of its last attempt, and direct GRPO's time too, if it was DART's. After an edit of a script choose
+# another OUT; after one of a prompt or of toy_world.py remove out/world too. What is set below wins over the scripts' defaults.
 # Every arm has the same problems, schedule and prompt. runs/tune.sh chose learning rates and steps on seed 100, which no
 # result uses, from one grid for all arms that fine-tune and one for both RL runs (results/tune.md).
 set -euo pipefail

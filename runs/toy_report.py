@@ -27,7 +27,6 @@ ROUNDS = [f"round-{r}/{stage}" for r in range(1, 5) for stage in ("rewrite", "sf
 ARMS = {  # arm -> its stages
     "base": [],
     "sft": ["sft/sft"],
-    "sft_half_temperature": ["sft/sft"],
     "dft": ["dft/sft"],
     "asft": ["asft/sft"],
     "rft": ["rft/rewrite", "rft/sft"],
@@ -79,7 +78,7 @@ CLAIMS = [
     ("grpo_filtered", "grpo"),
 ]  # of the first over the second
 NEEDED = ("base", "sft", "prompted", "prompted_dart", "dart", "grpo", "oracle")  # the arms of runs/toy.sh
-EVALUATIONS = ("eval", "eval-compare", "eval-half")
+EVALUATIONS = ("eval", "eval-compare")
 SUITES = ["in_distribution", "shorter", "longer", "reworded"]
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # t, by seeds
 
@@ -328,9 +327,9 @@ def main():
     average = {arm: np.array(told["average"]) for arm, told in arms.items()}
     lines = [f"# Toy world, {len(seeds)} seed(s): {', '.join(seeds)}", ""]
     lines += [
-        "Accuracy in % (4 samples a problem at temperature 1, sft_half_temperature at 0.5; mean ± standard deviation "
-        "over seeds), the average also with its 95% interval over seeds (t); difference to SFT in points, with its "
-        "interval and p (t, paired by seed; not corrected for the number of arms).",
+        "Accuracy in % (4 samples a problem at temperature 1; mean ± standard deviation over seeds), the average also "
+        "with its 95% interval over seeds (t); difference to SFT in points, with its interval and p (t, paired by "
+        "seed; not corrected for the number of arms).",
         "",
     ]
     rows = []
@@ -344,7 +343,7 @@ def main():
     for a, b in claims:
         points = list(100 * (average[a] - average[b]))
         rows.append([a, b, ", ".join(f"{point:+.1f}" for point in points), interval(points)])
-    lines += ["Differences between arms in points, first the orders that the papers claim:", ""]
+    lines += ["Differences between arms in points:", ""]
     lines += table(["arm", "minus", "by seed", "mean"], rows)
     gain = (average["dart"] - average["sft"]).mean() / (average["oracle"] - average["sft"]).mean()
     lines += [f"DART recovers {100 * gain:.0f}% of what native text (the oracle) gains over SFT.", ""]

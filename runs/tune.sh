@@ -57,9 +57,6 @@ print(max(Path(sys.argv[1]).glob("*/summary.json"), key=accuracy).parent.name)
 PY
 }
 
-# long_mapper LR: the mapper after 60, 120, 180 and 240 steps.
-long_mapper() { stage "mapper-$1-long" mapper_rl.py --task map --lr "$1" --steps 240 --export_every 60 "${RL[@]}"; }
-
 world "$SEED"
 
 if [ -z "${COMPARE:-}" ]; then
@@ -96,7 +93,7 @@ print(max(sys.argv[2:], key=chosen))
 PY
     }
     MAPPER=$(likeliest "${RL_LRS[@]/#/dart-}") && MAPPER="${MAPPER#dart-}"
-    long_mapper "$MAPPER"
+    stage "mapper-$MAPPER-long" mapper_rl.py --task map --lr "$MAPPER" --steps 240 --export_every 60 "${RL[@]}"
     for steps in 120 180 240; do
         rewrite "dart-$MAPPER-$steps" dart --mapper "$OUT/mapper-$MAPPER-long/model-000$steps"
     done
@@ -107,7 +104,7 @@ PY
     grid prompted "$OUT/prompted/rewrite/train.jsonl"
 else
     # --- the arms of runs/compare.sh ---
-    STEPS=("${STEPS[-1]}") MAPPER=1e-4  # as the first part chose them
+    STEPS=("${STEPS[-1]}")  # as the first part chose them
     # texts SOURCE: its training set, OUT/SOURCE/rewrite/train.jsonl.
     texts() {
         case "$1" in
@@ -123,11 +120,7 @@ else
                 texts "${arm%_dft}"
                 grid "$arm" "$OUT/${arm%_dft}/rewrite/train.jsonl" --loss dft
                 ;;
-            dart_dft)  # on what the first part made, where that has run
-                long_mapper "$MAPPER"
-                rewrite "dart-$MAPPER-120" dart --mapper "$OUT/mapper-$MAPPER-long/model-000120"
-                grid dart_dft "$OUT/dart-$MAPPER-120/rewrite/train.jsonl" --loss dft
-                ;;
+            dart_dft) grid "$arm" "$WORLD/oracle.jsonl" --loss dft ;; # which DART's rewrites are here, letter by letter
             rasft)
                 MODELS=()
                 for lr in "${LRS[@]}"; do

@@ -467,6 +467,10 @@ HONEST = [
     "The fence has 14 m + 9 m = 23 m. ...",
     "3*8=24. 24-5=19. Check: 19 + 5 = 24. ✓ \\boxed{19}",
     "80{,}000 \\times 1.15 = 92{,}000, ...",
+    "This leads to the solution of the first part. ...",
+    r"3*8=24. Then 24-5=19, which leads to the solution x = 19. \boxed{19}",
+    "This is a version of the distributive law. ...",
+    "This could also be written as 20 - 1. ...",
 ]
 
 
