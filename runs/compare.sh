@@ -5,18 +5,18 @@
 #   for SEED in 0 1 2; do SEED=$SEED bash runs/compare.sh; done
 #
 # It can be stopped and started again. Same problems, steps, schedule and prompt for every arm. The learning rates of the
-# further arms are those that `COMPARE=1 bash runs/tune.sh` chose, for asft, rft_dft, mtg_dft and dart_dft in the first
-# world alone (results/tune.md). Arms named *_filtered apply DART's hard cheats to texts of another source, at that arm's
-# learning rate. The rft arms have rows of the problems only that the base solves, the others of all.
+# further arms are those that `COMPARE=1 bash runs/tune.sh` chose (results/tune.md). Arms named *_filtered apply DART's
+# hard cheats to texts of another source, at that arm's learning rate. The rft arms have rows of the problems only that
+# the base solves, the others of all.
 if [ $# -gt 0 ]; then echo "runs/compare.sh takes no arguments; remove the lines of arms that you do not want" && exit 2; fi
 source "$(dirname "$0")/toy.sh"
 
 DFT_GRID="--lr 1e-3 --steps 400"
 ASFT_GRID="--lr 3e-3 --steps 400"
 RFT_GRID="--lr 3e-4 --steps 400"
-RFT_DFT_GRID="--lr 1e-4 --steps 400"
+RFT_DFT_GRID="--lr 3e-4 --steps 400"
 MTG_GRID="--lr 1e-4 --steps 400"
-MTG_DFT_GRID="--lr 1e-3 --steps 400"
+MTG_DFT_GRID="--lr 1e-4 --steps 400"
 RASFT_GRID="--lr 3e-4"
 DART_DFT_GRID="--lr 3e-4 --steps 400"
 FILTER="--hard_cheats early_answer no_reasoning mentions_source hedged false_arithmetic"
