@@ -143,8 +143,9 @@ RANGES = {
     "[2, inf)": "group_size",
     "[1, inf)": "steps groups max_tokens max_model_len passes micro_batch_tokens head_chunk rollouts_per_row",
     "(0, inf)": "temperature lr max_grad_norm importance_cap",
-    "[0, inf)": "tau kl_beta hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds "
-    "save_every show seed export_every",
+    "[0, inf)": "tau hard_weight soft_weight beta_kl warmup_steps weight_decay clip_high max_seconds save_every show "
+    "seed export_every",
+    "[0, 0.5]": "kl_beta",  # D is at most 2: above it the alignment would leave [0, 1], where the others stay
     "[0, 1]": "min_fidelity clip_low",
     "(0, 1)": "gpu_memory",
 }

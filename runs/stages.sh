@@ -63,7 +63,11 @@ recipe() {
 
 # world SEED: the toy world out/world/seedSEED, made by two processes of any machine's CPU; another version is refused.
 world() {
-    (export CUDA_VISIBLE_DEVICES= && OUT=out/world LAUNCH=(--standalone --nproc-per-node=2) && stage "seed$1" runs/toy_world.py --seed "$1")
+    (
+        export CUDA_VISIBLE_DEVICES=
+        OUT=out/world LAUNCH=(--standalone --nproc-per-node=2)
+        stage "seed$1" runs/toy_world.py --seed "$1"
+    )
 }
 
 # --- the methods, as stages. BASE: the target; DEMOS: the demonstrations; REWRITE, SFT: flags of all rewriting, tuning ---

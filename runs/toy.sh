@@ -10,9 +10,9 @@
 #
 # A stage that is finished is skipped when this is started again; one that was killed goes on where it was. Its seconds
 # are then those of its last attempt, and direct GRPO's time too, if it was DART's. After an edit of a script choose
-# another OUT; after one of a prompt or of toy_world.py remove out/world too. What is set below wins over the scripts' defaults.
-# Every arm has the same problems, schedule and prompt. runs/tune.sh chose learning rates and steps on seed 100, which no
-# result uses, from one grid for all arms that fine-tune and one for both RL runs (results/tune.md).
+# another OUT; after one of a prompt or of toy_world.py remove out/world too. What is set below wins over the scripts'
+# defaults. Every arm has the same problems, schedule and prompt. runs/tune.sh chose learning rates and steps on seed
+# 100, which no result uses, from one grid for all arms that fine-tune and one for both RL runs (results/tune.md).
 set -euo pipefail
 export HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 source "$(dirname "$0")/stages.sh"

@@ -676,7 +676,7 @@ BAD = [  # flags, rows of the data, what the line names
     ({"lr": -1}, GOOD, ["--lr", "-1"]),
     ({"steps": 0}, GOOD, ["--steps", "0"]),
     ({"clip_low": 1.5}, GOOD, ["--clip_low", "1.5"]),
-    ({"kl_beta": -0.1}, GOOD, ["--kl_beta", "-0.1"]),
+    ({"kl_beta": 0.6}, GOOD, ["--kl_beta", "0.6"]),  # the alignment would leave [0, 1]
     ({"seed": -1}, GOOD, ["--seed", "-1"]),
     ({"max_tokens": 160}, GOOD, ["--max_tokens 160", "--max_model_len 160"]),
     ({"max_model_len": 4096}, GOOD, ["--max_model_len 4096", "512"]),
