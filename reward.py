@@ -261,6 +261,7 @@ _DEGREES = dict(F=" degrees fahrenheit ", C=" degrees celsius ", K=" kelvin ")
 
 _LATEX = [
     (r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0])),
+    (r"\[asy\](?:(?!\[asy\])[\s\S])*?\[/asy\]", ""),  # a figure's program, in MATH
     (r"\\\\\s*\[[^\]\n]{0,9}\]", r"\\\\"),  # the distance of two rows
     (r"\{\\(rm|bf)[\s\\]+([^{}]*)\}", r"\\\1{\2}"),
     (r"(?<=\d)(?:\{,\}|,?\\[,!;:] ?|\\ )(?=\d{3}(?!\d))", ""),  # 1{,}000, 15,\!000, 2\,500
@@ -285,7 +286,6 @@ _LATEX = [
     (r"(?<![\w.])(?:np|numpy|math)\.(?=[a-z])", ""),
     (r"(?<![A-Za-z])\\?exp\s*\(([^()]*)\)", r"e^{\1}"),
     (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln)(?=\s?\()", r"\\\1"),
-    (r"\\(sin|cos|tan)\s?\^\s?\{-1\}", r"\\arc\1"),
     (r"\{([^{}]*)\\choose([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),  # Python's power; others are bold print
     (r"\*\*", ""),
@@ -1517,9 +1517,10 @@ def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
         if left:
             pairs = [(a, b) for a in left for b in values]
             held = [pair for pair in pairs if _holds(*pair, side, divides, nearly, root or rooted)]
-            carried = len(side) > 1 and (side[0].end + 2 < side[1].start or side[1].text[0].isalpha())
-            if not held and carried and side[0].value in left:
-                left, held = values, [(side[0].value, side[0].value)]  # "= 12 hours * 60 minutes per hour = 720"
+            apart = (i for i in range(1, len(side)) if side[i - 1].end + 2 < side[i].start or side[i].text[0].isalpha())
+            carried = [] if held else set(left) & set(_values(side[: next(apart, 0)]))
+            if carried:  # "= 12 hours * 60 minutes per hour = 720", "= 1/3 of 150"
+                left, held = values, [(value, value) for value in carried]
             if not (held and (root or rooted)):
                 found.append(Statement(*(held or pairs)[0], first[0].start, bool(held), side[0].start, side[-1].end))
         elif side[0].kind == "f" or "frac" in side[0].text or _OPERATION.search("".join(t.kind for t in side)):
@@ -1929,22 +1930,23 @@ _CHECK = re.compile(r"\b(?:check|verif|to confirm)", re.I)
 
 
 def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
-    """Whether the last statement before the box arrives at what the box holds, exactly, rounded, as per cent, or with
-    the boxed number in its place (a check: 2*7+6 = 20, so 7).
+    """Whether the last statement before the box arrives at what the box holds, exactly, rounded, as per cent, as
+    dollars of cents, or with the boxed number in its place (a check: 2*7+6 = 20, so 7).
 
-    Comparable are a number in the box and a statement with neither number nor equation between it and the box. The text
-    is in one spelling, as the positions are.
+    Comparable are a number in the box and a statement with neither another number nor an equation between it and the
+    box: what is only told ("240/60 = 4 hours. In total that is 80. \\boxed{80}") is not reached. The text is in one
+    spelling, as the positions are.
     """
     boxed, before = _read(content).value, [s for s in statements(rewrite) if s.position < start]
     if boxed is None or not before:
         return True
     left, right, position, _, equals, last = before[-1]
-    near = {left, right, 100 * right, math.floor(left), math.ceil(left)}
+    near = {left, right, 100 * right, Fraction(right, 100), math.floor(left), math.ceil(left)}
     near |= {value for place, value in _numbers(rewrite) if position <= place < equals}
     if check := _CHECK.search(rewrite):  # reached before it
         near |= {s.right for s in before if s.position < check.start()}
     between = _tokens(rewrite[last:start])
-    return boxed in near or any(t.value is not None or t.text == "=" for t in between)
+    return boxed in near or any(t.value not in (None, boxed) or t.text == "=" for t in between)
 
 
 def _consistent(expert: str, rewrite: str) -> tuple[float, bool]:

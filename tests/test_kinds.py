@@ -35,6 +35,11 @@ RIGHT = r"""
 \boxed{\frac{a}{b}=\frac23} ||| \frac{2}{3}
 \boxed{m_{\max}=n^2-n-1} ||| n^2-n-1
 \boxed{(a,b,c)=(1,2,3)} ||| (1,2,3)
+\boxed{C(8, -2)} ||| (8,-2)
+\boxed{c > b > a} ||| a < b < c
+\boxed{between 2 and 5, inclusive} ||| [2,5]
+\boxed{\sqrt{2}\%} ||| \sqrt2
+\boxed{\sin^{-1} x} ||| \arcsin x
 \boxed{\angle A = 40^\circ} ||| 40
 \boxed{S_{10} = 55} ||| 55
 \boxed{P(A \cap B) = \frac{1}{4}} ||| \frac14
@@ -219,6 +224,9 @@ It is fourteen (14). The answer is fourteen (14). ||| 14
 \boxed{12\text{ cm}} ||| 12\text{ cm}^2
 """
 WRONG = r"""
+\boxed{5\text{ kg}} ||| 5\text{ km}
+\boxed{12\%} ||| 12 km
+\boxed{3.5!} ||| 6
 \boxed{9 \text{ (eight)}} ||| 9
 \boxed{\text{anything but } 23} ||| 23
 The answer cannot be 21. ||| 21
@@ -383,6 +391,7 @@ HONEST = [
     "90 minutes / 60 = 1 hour and 30 minutes. ...",
     "17/3 = 5 and 2/3. ...",
     "17/3 = 5 2/3. ...",
+    "3/3 - 2/3 = 1/3 of 150 = 50. ...",
     "17/3 = 5.67, so 6 buses. ...",
     "17 / 3 ≈ 5.67 ≈ 6. ...",
     "8 + 5 = 1 (mod 12). ...",
@@ -500,6 +509,14 @@ def test_a_formula_in_front_is_early_too():
         (r"We add 25 + 9 = 34 and take the root, $\sqrt{34}$. So \boxed{\sqrt{34}}", 0),
     ):
         assert reward.cheats(problem, expert, rewrite, r"\sqrt{34}")["early_answer"] == early
+
+
+def test_a_figure_is_no_part_of_the_text():
+    figure = "\n[asy]\n" + "draw((0,0)--(3,4));\n" * 30 + "[/asy]"
+    for rewrite, hard in ((f"{STEPS}{figure}", []), (rf"\boxed{{19}} {STEPS}{figure}", ["early_answer"])):
+        parts = reward.cheats(PROBLEM, EXPERT, rewrite, "19")
+        assert [name for name in reward.HARD if parts[name]] == hard
+        assert parts["padding"] == 0
 
 
 def test_equations_with_letters_are_reasoning():

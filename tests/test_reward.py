@@ -411,6 +411,9 @@ def test_soft_cheats():
         (r"25+16=41. Then x-1=40, so \boxed{40}", True, True, 0.0, 1),
         (r"25+16=41. Then x=\boxed{40}", True, True, 0.0, 1),
         (r"25+16=41. \boxed{x}", True, True, 0.0, 1),
+        (r"15+3=18. In total that is 7. \boxed{7}", True, True, 0.0, 0),  # told, and never reached
+        (r"15+3=18. Half of 14 are 7. \boxed{7}", True, True, 0.0, 1),
+        (r"350*2=700 cents, so \$7. \boxed{7}", True, True, 0.0, 1),
         (r"18-11=7. \boxed{7}", True, True, 0.5, 1),
         (r"18-11=7. \boxed{7}", True, True, 0.6, 0),
     ],
