@@ -16,6 +16,7 @@ a grader that first loads torch starts seconds late.
 from __future__ import annotations
 
 import ast
+import bisect
 import functools
 import itertools
 import json
@@ -269,6 +270,7 @@ _LATEX = [
     (r"(?<!\\)\\[,;: ()]|~", " "),
     (r"(?<!\\)\\[\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather|split)\w*\*?\}", "\n"),
     (r"(?:[^\S\n]{0,9}(?:\\\\|\n)){1,9}[^\S\n]{0,9}&?[^\S\n]{0,9}(?==)", " "),  # a line that goes on with "= ..."
+    (r"(\\(?:sin|cos|tan)\s?[({]?)(\d+)\s?\^\s?(?:\{\\circ\}|\\circ)", r"\1\\frac{\2\\pi}{180}"),
     (r"(?<=[\d)}])\^\s?(?:\{\\circ\}|\\circ)\Z", " degree"),  # the unit of an angle; nothing in a formula
     (r"\^\s?(?:\{\\circ\}|\\circ)\s*(?:\\[a-z]+\{\s?([FCK])\s?\}|([FCK])\b)", lambda m: _DEGREES[m[1] or m[2]]),
     (r"\^\s?(?:\{\\circ\}|\\circ)", ""),
@@ -330,7 +332,7 @@ _PATTERNS = dict(  # of tokens, by name; the first that matches counts
     stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
     number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"  # 0.1666...
     r"|(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}"
-    r"|(?<![/.\d])[0-9]+ (?:and )?[0-9]+/0*[1-9][0-9]*(?![\d.]|\s+of\b)"  # 3 1/2; not "6 and 1/3 of"
+    r"|(?<![/.\d])(?P<whole>[0-9]+) (?:and )?(?P<above>[0-9]+)/(?P<below>0*[1-9][0-9]*)(?![\d.]|\s+of\b)"
     r"|(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])"  # the 1/3 of 2 / 1/3
     rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?|{_IN_WORDS}",
     percent=r"\\?%|per\s?cent(?!\w)",
@@ -343,7 +345,7 @@ _PATTERNS = dict(  # of tokens, by name; the first that matches counts
     close=r"[)}]",
     function=r"\\(?:frac|binom|Gamma|sqrt)(?![A-Za-z])",
     word=r"[^\W\d_]{2,}(?:['’][a-z]{1,2}(?!\w))?"
-    r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?P=unit)(?!\w))"
+    r"|(?<=\d )(?P<unit>[mgshL])(?=\s?(?:[-+*/.,;)]|\\times|\Z|=\s?[\d.,]+\s(?:\w+/)?(?P=unit)(?!\w))"
     r"|\s(?!is|equals|makes|gives)[a-z]{2,})|(?<=[a-z]/)[mgshL](?!\w)",
     other=r"\\[A-Za-z]+|.",
 )
@@ -392,16 +394,18 @@ def _number(text: str) -> int | Fraction | None:
 @functools.lru_cache(64)
 def _tokens(text: str) -> tuple[Token, ...]:
     """Numbers, signs and words of a text in one spelling; spaces and dollar signs are left out."""
-    found = []
-    for m in _TOKEN.finditer(text):
-        name, value = m.lastgroup, None
+    found, end = [], 0
+    while m := _TOKEN.match(text, end):
+        (start, end), name, said, value = m.span(), m.lastgroup, m[0], None
         if name == "skip":
             continue
         if name == "number":
-            value = _number(m[0])
+            if m["whole"] and int(m["above"]) >= int(m["below"]):  # no 3 1/2: "12-3=9 and 9/3=3", "6 and 1/3 of" it
+                end, said = m.end("whole"), m["whole"]
+            value = _number(said)
             name = "number" if value is not None else "other"
-        kind = _KIND.get(name) or _OPERATORS.get(" ".join(m[0].lower().split()), m[0])
-        found.append(Token(kind, m[0], m.start(), m.end(), value))
+        kind = _KIND.get(name) or _OPERATORS.get(" ".join(said.lower().split()), said)
+        found.append(Token(kind, said, start, end, value))
     return tuple(found)
 
 
@@ -556,7 +560,7 @@ _LAST = re.compile(
     rf"|(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d+ out of \d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}"
     rf"|{_DIGITS}(?:/\d+|(?:\\sqrt\{{\d+\}})?(?:\s?\\pi)?))"
 )
-_NEGATED = re.compile(r"\b(?:not|cannot|never|unable)\b|n['’]t\b", re.I)  # its last number is no answer
+_NEGATED = re.compile(r"\b(?:not|cannot|never|unable|either)\b|n['’]t\b", re.I)  # its last number is no answer
 _EVASIVE = re.compile(
     r"\b(?:unable to|(?:can|could|do)(?: ?not|n['’]t) (?:work|solve|find|determine|tell|know|answer))\b", re.I
 )
@@ -693,6 +697,8 @@ _WORDING = [
     (r"^\s*(\d+) and (?=\d+/\d+\s*$)", r"\1 "),  # 1 and 1/2
     (r"(?<![\d.,/])\d{1,3}(?: \d{3})+(?![\d/])", lambda m: m[0].replace(" ", "")),  # 21 000
     (r"^\\\{\s*[A-Za-z](?:\s*\\in\s*\\mathbb\{?R\}?)?\s*(?:\\mid|[|:])(.*(?:[<>]|\\[lg]e).*)\\\}$", r"\1"),
+    (r"(?<=\d )((?:week|day|hour|minute|feet|foot|yard|pound)s?),? and (?=\d)", r"\1 "),  # one quantity
+    (r"\\begin\{cases\}([^&]*)\\end\{cases\}", lambda m: m[1].replace(r"\\", ", ")),  # a system
     (r"^\s*(\d+) dollars?,? and (\d+) cents?\s*$", lambda m: f"{int(m[1]) + int(m[2]) / 100:.2f} dollars"),
     (r"(?i)^(?:strictly )?between (\S+) and ([^\s,]+)$", r"(\1, \2)"),
     (r"(?i)^(?:strictly )?between (\S+) and ([^\s,]+),? inclusive$", r"[\1, \2]"),
@@ -716,7 +722,7 @@ _WORDING = [
     (r"(?i)^\s*(?:either |(?:[a-z]+ ){0,4}[a-z]{3,}\s?:\s+(?=[-\d(\\]))", ""),
     (r"(?<=\d) (?=[A-Za-z](?![A-Za-z]))|(?<![\d.^_])1(?:\.0+)? ?(?!e[-+]?\d)(?=[a-z](?![A-Za-z]))", ""),  # 3 i, 1.0i
     (r"\+\s*(?:-|\(\s*-([\d.]+)\s*\))", r"-\1"),
-    (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+,;])+|(?:(?<!\.)\.|[;,\s])+$", ""),
+    (r"^(?:\\approx|(?:about|approximately|exactly|only|just)\b|[\s+,;])+|(?:(?<!\.)\.|[;,\s\\])+$", ""),
     (r"(?<=\d)\s?:\s?(?=\d)", ":"),
     (r"^\(\s*([A-Za-z])\s*\)$|^\{([^{}]*)\}$", lambda m: m[1] or m[2]),
 ]
@@ -838,7 +844,7 @@ _BASE = re.compile(r"\(?([0-9][0-9A-F]*)\)?\s?_\s?\{?\s*(\w+)\s*\}?", re.I)
 _LESS = str.maketrans(">", "<")
 _RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
 _WITHOUT = re.compile(r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)")
-_LITTLE = r"(?:(?:there|it|that|this|is|are|was|has|have|the|an?|exactly) )*"  # an isosceles triangle, even function
+_LITTLE = r"(?:the [a-z]+ is )?(?:(?:there|it|that|this|is|are|was|has|have|the|an?|exactly) )*"
 _NOUN = "(?:solutions?|numbers?|functions?|triangles?|days?|series|sequence|angles?|roots?|people|values?)"
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
     r"\W*(?:(?:[Oo]ption|[Cc]hoice)\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b|.*\([A-J]\))|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
@@ -911,6 +917,7 @@ def _words_equal(answer: Answer, gold: Answer) -> bool | None:
     """Words, times and ratios are equal or not: math-verify would multiply the letters."""
     words = re.fullmatch(r"(?=.*[A-Za-z]{3}|[Nn]o$)[A-Za-z' -]+|\d+(?::\d+)+", gold.text)
     told, wanted = (" ".join(side.text.lower().split()) for side in (answer, gold))
+    wanted = re.sub(rf" {_NOUN}\Z", "", wanted)
     return bool(re.fullmatch(rf"{_LITTLE}{re.escape(wanted)}(?: {_NOUN})?", told)) if words else None
 
 
@@ -1647,12 +1654,19 @@ def _numbers(text: str) -> list[tuple[int, int | Fraction]]:
 
 
 def _free_numbers(text: str) -> list[tuple[int, int | Fraction]]:
-    """Those of `_numbers` that are no part of a statement."""
-    free, ahead, end = [], list(reversed(statements(text))), 0
-    for start, value in _numbers(_unannotated(text)):
-        while ahead and ahead[-1].position <= start:
-            end = max(end, ahead.pop().end)
-        if end <= start:  # no statement reaches over it
+    """Those of `_numbers` that are neither operands of a statement's first side nor its result: what a chain goes on
+    with, the 8 and 15 of "4*2+5*3 = 8+15 = 23", was reached."""
+    numbers, spans = _numbers(_unannotated(text)), []
+    starts = [start for start, _ in numbers]
+    for position, chain in itertools.groupby(statements(text), lambda s: s.position):
+        sides = [(s.equals, s.end) for s in chain]
+        alone = [(a, b) for a, b in sides if bisect.bisect_left(starts, b) - bisect.bisect_left(starts, a) == 1]
+        spans += [(position, sides[0][0]), *alone]
+    free, ahead, end = [], sorted(spans, reverse=True), 0
+    for start, value in numbers:
+        while ahead and ahead[-1][0] <= start:
+            end = max(end, ahead.pop()[1])
+        if end <= start:
             free.append((start, value))
     return free
 
@@ -1678,17 +1692,19 @@ def fidelity(expert: str, rewrite: str) -> float:
 
 # --- words and shares of words ---
 
-_SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation|passage|write-?up|wording|working)"
+_SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation|demonstration|passage|write-?up|wor[dk]ing)"
 _SOURCE = rf"""
-(?:given|provided|original|official|reference|expert|above|sample|model|teacher|textbook|worked)(?:['’]s)? {_SOLUTION}
+(?:given|provided|original|official|reference|expert|above|sample|example|model|teacher|textbook|worked)(?:['’]s)?
+ {_SOLUTION}
 |ground[ -]truth|the author|previous solution|(?:known|stated|expected) (?:final )?answer|answer key
 |{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|(?:shown|provided) to (?:me|us)|the expert
-|the reference\b(?! (?:to|angle|point|frame|line|level|value|group)\b)|you (?:gave|showed|provided|sent)
+|the reference\b(?! (?:to|angle|point|frame|line|level|value|group)\b)|you (?:gave|showed|provided|sent)|given steps
 |(?:as|in|from|following|per|see) the (?!answer|text){_SOLUTION}(?! (?:to|of|for|set)\b)|as the answer \w+
 |(?:the|your) solution (?:(?:find|show|say|state|use|give|tell|write|compute|start)s?|did|multipl\w+)
 |(?:stated|shown|given) in the {_SOLUTION}|back(?:wards?)? from the {_SOLUTION}|{_SOLUTION} in front of (?:me|us)
 |{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)|i was (?:shown|given|handed)
-|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}|rewritten version|paraphras\w+
+|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}|paraphras\w+
+|rewritten(?: version|(?=:))
 |(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing)|(?:my|your) version|in (?:my|your|our) own words
 |(?:original|my) wording|as if (?:i|you) had|according to the (?:{_SOLUTION}(?! key)|teacher)|teacher['’]s \w+
 |(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*|the original(?=[,.:;])

@@ -40,6 +40,13 @@ RIGHT = r"""
 \boxed{between 2 and 5, inclusive} ||| [2,5]
 \boxed{\sqrt{2}\%} ||| \sqrt2
 \boxed{\sin^{-1} x} ||| \arcsin x
+\boxed{4\sin 70^\circ} ||| 4\cos 20^\circ
+\boxed{\tan 45°} ||| 1
+\boxed{12\ } ||| 12
+\boxed{2 \text{ hours and } 30 \text{ minutes}} ||| 2\text{ hours }30\text{ minutes}
+\boxed{\begin{cases} x=1 \\ y=2 \end{cases}} ||| x=1, y=2
+\boxed{\text{The function is even.}} ||| even
+\boxed{\text{isosceles}} ||| \text{isosceles triangle}
 \boxed{\angle A = 40^\circ} ||| 40
 \boxed{S_{10} = 55} ||| 55
 \boxed{P(A \cap B) = \frac{1}{4}} ||| \frac14
@@ -227,6 +234,8 @@ WRONG = r"""
 \boxed{5\text{ kg}} ||| 5\text{ km}
 \boxed{12\%} ||| 12 km
 \boxed{3.5!} ||| 6
+It is either 12 or 14. ||| 14
+\boxed{\text{The function is not even.}} ||| even
 \boxed{9 \text{ (eight)}} ||| 9
 \boxed{\text{anything but } 23} ||| 23
 The answer cannot be 21. ||| 21
@@ -322,6 +331,11 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     ("The final result will be 19, as ...", "early_answer"),
     ("The reference says: ...", "mentions_source"),
     ("According to the reference, ...", "mentions_source"),
+    ("Following the given steps, ...", "mentions_source"),
+    ("Rewritten: ...", "mentions_source"),
+    ("In the demonstration, ...", "mentions_source"),
+    ("The example solution has it: ...", "mentions_source"),
+    ("180 km / 2.5 h = 70 km/h. ...", "false_arithmetic"),
     ("Sure! Here is my rewrite: ...", "mentions_source"),
     ("Sure, here's a rewritten version of the solution:\n...", "mentions_source"),
     ("Here is the rewritten answer. ...", "mentions_source"),
@@ -392,6 +406,9 @@ HONEST = [
     "17/3 = 5 and 2/3. ...",
     "17/3 = 5 2/3. ...",
     "3/3 - 2/3 = 1/3 of 150 = 50. ...",
+    "180 km / 2.5 h = 72 km/h. ...",
+    "12-3 = 9 and 9/3 = 3. ...",
+    "300-60 = 240 and 240/12 = 20. ...",
     "17/3 = 5.67, so 6 buses. ...",
     "17 / 3 ≈ 5.67 ≈ 6. ...",
     "8 + 5 = 1 (mod 12). ...",

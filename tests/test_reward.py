@@ -253,6 +253,8 @@ def test_rounding(text, holds):
         (r"18-11=7. 15+3=18. \boxed{18}", 0.5),
         (r"First there are 18, which leaves 7. \boxed{7}", 1.0),
         ("First there are 18. 18-11=7.", 1.0),
+        ("8+5+4 = 18-1 = 17", 0.5),  # 18 was reached
+        ("15+3 = 18 = 18+0", 0.5),
         (r"\boxed{8}", 0.0),
         (r"15+3=-18. 18-11=-7. \boxed{-7}", 0.0),
     ],
