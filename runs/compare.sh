@@ -43,6 +43,12 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft 4 400 "$RASFT_GRID"
 rasft rasft_filtered 4 400 "$RASFT_GRID" $FILTER
 
+# --- the untrained mapper's rewrites, DART's choice without its penalty, without fidelity, without both ---
+choice() { rewrite "$1" dart "${@:2}"; sft "$1" "$OUT/$1/rewrite/train.jsonl" $PROMPTED_DART_GRID; }
+choice prompted_no_penalty --hard_cheats none --soft_weight 0
+choice prompted_no_fidelity --min_fidelity 0
+choice prompted_neither --hard_cheats none --soft_weight 0 --min_fidelity 0
+
 # --- DART's rewrites under DFT; direct GRPO with DART's hard cheats in its reward ---
 sft dart_dft "$OUT/dart/rewrite/train.jsonl" --loss dft $DART_DFT_GRID
 stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$DEMOS" "${RL[@]}" $GRPO_GRID \
@@ -50,7 +56,8 @@ stage grpo_filtered/solve mapper_rl.py --task solve --model "$BASE" --data "$DEM
 
 # --- evaluation of the arms that are there ---
 MODELS=()
-for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered dart_dft grpo_filtered; do
+for arm in dft asft rft rft_dft rft_filtered mtg mtg_dft mtg_filtered rasft rasft_filtered \
+    prompted_no_penalty prompted_no_fidelity prompted_neither dart_dft grpo_filtered; do
     for model in "$OUT/$arm"/{sft,round-4/sft,solve}/model; do
         if [ -d "$model" ]; then MODELS+=("$arm=$model"); fi
     done
