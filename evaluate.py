@@ -540,10 +540,9 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
                 check(value.strip(), f"{place}: field '{name}' is empty")
                 half = any("\ud800" <= c <= "\udfff" for c in value)
                 check(not half, f"{place}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
-        identity = tuple(row.get(name) for name in key)
-        named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
-        check(identity not in seen, f"{place}: {named} already stands in line {seen.get(identity)}; make it unique")
-        seen[identity] = number
+        named = ", ".join(f"{name} {row.get(name)!r}" for name in key)
+        check(named not in seen, f"{place}: {named} already stands in line {seen.get(named)}; make it unique")
+        seen[named] = number
         rows.append(row)
     check(rows, f"{path}: the file is empty")
     return rows

@@ -454,7 +454,8 @@ def prepare(rows: list[dict], tokenizer, config: Config, rank: int) -> list[dict
             row["prompt_ids"] = row["solve_ids"]
     long = [row["id"] for row in rows if len(row["prompt_ids"]) > limit]
     if long and rank == 0:
-        print(f"left out {len(long)} problems whose prompt is longer than {limit} tokens: {', '.join(long[:10])}")
+        told = f"left out {len(long)} problems whose prompt is longer than {limit} tokens"
+        print(f"{told}: {', '.join(long[:10])}", flush=True)
     rows = [row for row in rows if len(row["prompt_ids"]) <= limit]
     check(rows, f"{config.data}: no prompt fits --max_model_len {config.max_model_len} less --max_tokens")
     return rows
@@ -631,10 +632,9 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
                 check(value.strip(), f"{place}: field '{name}' is empty")
                 half = any("\ud800" <= c <= "\udfff" for c in value)
                 check(not half, f"{place}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
-        identity = tuple(row.get(name) for name in key)
-        named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
-        check(identity not in seen, f"{place}: {named} already stands in line {seen.get(identity)}; make it unique")
-        seen[identity] = number
+        named = ", ".join(f"{name} {row.get(name)!r}" for name in key)
+        check(named not in seen, f"{place}: {named} already stands in line {seen.get(named)}; make it unique")
+        seen[named] = number
         rows.append(row)
     check(rows, f"{path}: the file is empty")
     return rows
@@ -783,7 +783,8 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
                 hint = "give a Hugging Face model folder"
                 raise SystemExit(f"{folder}: no model could be loaded ({str(error).splitlines()[0]}); {hint}") from None
             # head_logprobs multiplies by the head's weight and does nothing else
-            more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)]
+            names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+            more = [name for name in names if getattr(model.config, name, None) not in (None, 1)]
             more += ["lm_head.bias"] * (model.lm_head.bias is not None)
             kinds = "take a model of the Qwen2, Qwen3 or Llama kind"
             check(not more, f"{folder}: no support for {', '.join(more)}; {kinds}")
@@ -1042,8 +1043,8 @@ def main():
     inputs = {folder: weights_stamp(folder, config.max_model_len) for folder in (config.model, config.target)}
     inputs[config.data] = data_stamp(config.data)
     model_config = AutoConfig.from_pretrained(config.model)
-    slides = getattr(model_config, "use_sliding_window", False)
-    check(not slides or config.rollouts_per_row == 1, f"{config.model} has a sliding window: give --rollouts_per_row 1")
+    whole = getattr(model_config, "sliding_window", None) is None  # it is None where it is not used
+    check(whole or config.rollouts_per_row == 1, f"{config.model} has a sliding window: give --rollouts_per_row 1")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     check(config.groups % processes == 0, f"--groups {config.groups} must be a multiple of the {processes} processes")
     rows = prepare(rows, tokenizer, config, int(os.environ.get("RANK", "0")))
@@ -1056,7 +1057,7 @@ def main():
     if on_rank0(lambda: (out / "model").exists()):
         if rank == 0:
             remove_checkpoints(out)  # a kill may have come between the model and this
-            print(f"{out}: finished already")
+            print(f"{out}: finished already", flush=True)
         return
 
     dtype = model_config.dtype or torch.float32  # models are saved in what they came in
@@ -1169,10 +1170,11 @@ def main():
             if stats and stats["logprob_diff"] > 0.05:
                 print(
                     f"warning: step {step + 1}: engine and trainer disagree by {stats['logprob_diff']:.3f} nats a "
-                    "token (above 0.05): check dtype, chat template and weight sync before trusting this run"
+                    "token (above 0.05): check dtype, chat template and weight sync before trusting this run",
+                    flush=True,
                 )
             if not stats:
-                print(f"step {step + 1}: no group had any variance in its rewards; no update was made")
+                print(f"step {step + 1}: no group had any variance in its rewards; no update was made", flush=True)
         if config.export_every and (step + 1) % config.export_every == 0:
             save_model(policy, tokenizer, out / f"model-{step + 1:06d}", dtype)
         if config.save_every and (step + 1) % config.save_every == 0:

@@ -2017,20 +2017,20 @@ KINDS = {
 
 
 def check_kinds(path: str, rows: list[dict], graded: bool = True) -> list[dict]:
-    """The rows of a file, each with its `kind` ("math" where it has none).
+    """The first rows of a file, or all, each with its `kind` ("math" where it has none).
 
     Ends the program with file, line and field of an unknown kind, or (where answers will be `graded`) of an answer that
     cannot be checked; and where the sandbox is missing that a kind needs.
     """
-    for row in rows:
+    for number, row in enumerate(rows):
         kind = row.setdefault("kind", "math")
         wrong = "" if kind in KINDS else f"'kind' must be {' or '.join(KINDS)}, found {kind!r}"
         if not wrong and graded and (unfit := KINDS[kind].unfit(row["answer"])):
             wrong = f"'answer' {unfit}"
         if wrong:
             with open(path, encoding="utf-8") as file:
-                ids = [json.loads(line)["id"] if line.strip() else None for line in file]
-            raise SystemExit(f"{path}, line {ids.index(row['id']) + 1}: field {wrong}")
+                lines = [place for place, line in enumerate(file, 1) if line.strip()]
+            raise SystemExit(f"{path}, line {lines[number]}: field {wrong}")
     for kind in {row["kind"] for row in rows} if graded else ():
         KINDS[kind].ready()
     return rows

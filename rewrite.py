@@ -27,6 +27,7 @@ told to (with the same filter on every source, what dart gains is not merely its
 expert's is kept, with source "expert". dart chooses by A whichever alignment its mapper was trained with: the "kl"
 reward of a single text would prefer what the mapper finds improbable. A method is the prompts it goes through, each for
 the problems that are still without a verified text, and a function `select_...(row, candidates, config) -> rows`.
+All demonstrations count alike: a `weight` of theirs, which sft.py would apply, is not kept.
 
 Finished rows are flushed to candidates_*.rank{r}.jsonl and scored.rank{r}.jsonl; a run that is started again, on any
 number of ranks, does only what is missing. At the end stand train.jsonl (for sft.py) and scored.jsonl, which holds
@@ -550,10 +551,9 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
                 check(value.strip(), f"{place}: field '{name}' is empty")
                 half = any("\ud800" <= c <= "\udfff" for c in value)
                 check(not half, f"{place}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
-        identity = tuple(row.get(name) for name in key)
-        named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
-        check(identity not in seen, f"{place}: {named} already stands in line {seen.get(identity)}; make it unique")
-        seen[identity] = number
+        named = ", ".join(f"{name} {row.get(name)!r}" for name in key)
+        check(named not in seen, f"{place}: {named} already stands in line {seen.get(named)}; make it unique")
+        seen[named] = number
         rows.append(row)
     check(rows, f"{path}: the file is empty")
     return rows
@@ -758,8 +758,9 @@ def main():
     stamps = [weights_stamp(folder, config.max_model_len) for folder in (config.mapper, config.target)]
     prompts = {s: {row["id"]: reward.prompt_ids(tokenizer, PROMPTS[s](row)) for row in rows} for s in sources}
     rows = [{name: row[name] for name in (*fields, "kind")} for row in rows]  # ours go beside these five
-    experts = {row["id"]: reward.text_ids(tokenizer, row["problem"], row["solution"], row["kind"]) for row in rows}
-    expert_length = {i: len(prompt) + len(response) for i, (prompt, response) in experts.items()}
+    expert_length = {
+        r["id"]: sum(map(len, reward.text_ids(tokenizer, r["problem"], r["solution"], r["kind"]))) for r in rows
+    }
     readable = AutoConfig.from_pretrained(config.target).max_position_embeddings
     too_long = {i for i, length in expert_length.items() if length + 1 > readable}
     check(len(too_long) < len(rows), f"{config.data}: the target reads {readable} tokens, and every row is longer")
@@ -777,12 +778,17 @@ def main():
     for source in sources if rank == 0 else ():
         if long := expert_length.keys() - fit[source] - too_long:
             exceed = f"{len(long)} prompts ({source}) exceed --max_model_len {config.max_model_len}"
-            print(f"{exceed}, left out:", *sorted(long)[:10])
+            print(f"{exceed}, left out:", *sorted(long)[:10], flush=True)
     if too_long and rank == 0:
         print(
             f"{len(too_long)} rows do not fit into the {readable} tokens that the target reads, left out:",
             *sorted(too_long)[:10],
+            flush=True,
         )
+    longest = max(expert_length.keys() - too_long, key=expert_length.get)
+    if expert_length[longest] > config.max_model_len and rank == 0:
+        asked = f"more than --max_model_len {config.max_model_len}; if memory is short, leave this row out"
+        print(f"scoring reads up to {expert_length[longest]} tokens, those of {longest}, {asked}", flush=True)
     stamps = on_rank0(lambda: stamps)  # nodes may have copies of a model with other dates
     rows = [row | {"models": stamps, "in_share": row["id"] in share} for row in rows if row["id"] not in too_long]
     done = on_rank0(lambda: set(read_parts(output, "scored", rows)))
@@ -790,7 +796,8 @@ def main():
 
     # --- 2. generate, grade and judge: a further prompt only where no text is verified yet ---
     rest = [row for row in rows if row["id"] not in done]
-    rest.sort(key=lambda row: row["id"] in known[sources[0]])  # what a killed rank did not write is dealt to all
+    # what a killed rank did not write is dealt to all; so are long rows, and they come first
+    rest.sort(key=lambda row: (row["id"] in known[sources[0]], -expert_length[row["id"]]))
     mine, engine, running = rest[rank::world], None, ""
     vocab = reward.used_vocabulary(tokenizer)
     # room for the longest text, which has to be scored, its stop id, and the token that scoring throws away

@@ -218,15 +218,16 @@ def read_rows(config: Config) -> list[dict]:
 
 
 def other_policy(config: Config) -> str:
-    """Which other models RASFT's set was made with, as rewrite.py's config.json beside it tells; "" if none."""
+    """Which other models than these a set was made with, as rewrite.py's config.json beside it tells; "" if none.
+    RASFT's rollouts must be the policy's, and the `align` that rho compares with --model's."""
     path = Path(config.data).parent / "config.json"
     made = json.loads(path.read_text()).get("config", {}) if path.exists() else {}
-    if config.loss != "rasft" or "mapper" not in made:
+    if "mapper" not in made:
         return ""
     policy = f"{config.start_from}/model" if config.start_from else config.model
-    if Path(made["mapper"]).resolve() != Path(policy).resolve():
+    if config.loss == "rasft" and Path(made["mapper"]).resolve() != Path(policy).resolve():
         return f"its rollouts are {made['mapper']}'s, but the policy that is trained on is {policy}"
-    if Path(made["target"]).resolve() != Path(config.model).resolve():
+    if config.rho_low < config.rho_high and Path(made["target"]).resolve() != Path(config.model).resolve():
         return f"rho compares with {made['target']}, but --model is {config.model}"
     return ""
 
@@ -415,10 +416,9 @@ def read_jsonl(path: str, fields: dict[str, type], key=("id",), optional: dict |
                 check(value.strip(), f"{place}: field '{name}' is empty")
                 half = any("\ud800" <= c <= "\udfff" for c in value)
                 check(not half, f"{place}: field '{name}' has half a character (\\ud800-\\udfff); remove it")
-        identity = tuple(row.get(name) for name in key)
-        named = ", ".join(f"{name} {value!r}" for name, value in zip(key, identity))
-        check(identity not in seen, f"{place}: {named} already stands in line {seen.get(identity)}; make it unique")
-        seen[identity] = number
+        named = ", ".join(f"{name} {row.get(name)!r}" for name in key)
+        check(named not in seen, f"{place}: {named} already stands in line {seen.get(named)}; make it unique")
+        seen[named] = number
         rows.append(row)
     check(rows, f"{path}: the file is empty")
     return rows
@@ -567,7 +567,8 @@ def load_model(folder: str, device, train: bool, gradient_checkpointing: bool = 
                 hint = "give a Hugging Face model folder"
                 raise SystemExit(f"{folder}: no model could be loaded ({str(error).splitlines()[0]}); {hint}") from None
             # head_logprobs multiplies by the head's weight and does nothing else
-            more = [name for name in ("final_logit_softcapping", "logit_scale") if getattr(model.config, name, None)]
+            names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+            more = [name for name in names if getattr(model.config, name, None) not in (None, 1)]
             more += ["lm_head.bias"] * (model.lm_head.bias is not None)
             kinds = "take a model of the Qwen2, Qwen3 or Llama kind"
             check(not more, f"{folder}: no support for {', '.join(more)}; {kinds}")
@@ -716,7 +717,7 @@ def main():
         if rank == 0:
             if total == end:
                 remove_checkpoints(folder)  # a kill may have come between the model and this
-            print(f"{folder / 'model'} is there: this run is finished")
+            print(f"{folder / 'model'} is there: this run is finished", flush=True)
         return
 
     # --- 2. model and optimizer ---

@@ -505,6 +505,10 @@ def test_rows_of_one_problem_are_told_apart_by_source_and_sample(tmp_path):
     config.data = write(tmp_path / "d.jsonl", [row, row])
     with pytest.raises(SystemExit):
         sft.read_rows(config)
+    named = [row | {"source": {"name": "a"}}, row | {"source": {"name": "b"}, "kind": "sum"}]
+    config.data = write(tmp_path / "d.jsonl", named)
+    with pytest.raises(SystemExit, match="line 2: field 'kind' must be math or code, found 'sum'"):
+        sft.read_rows(config)
 
 
 def test_rollouts_of_another_policy_are_told(tmp_path):
@@ -524,6 +528,9 @@ def test_rollouts_of_another_policy_are_told(tmp_path):
     assert told({"mapper": f"{tmp_path}/round-1/model", "target": base}, **second) == ""
     assert "round-1/model" in told({"mapper": base, "target": base}, **second)
     assert told({"mapper": other, "target": other}, model=base, loss="dft") == ""
+    assert "compares with" in told(
+        {"mapper": other, "target": other}, model=base, loss="dft", rho_low=0.4, rho_high=1.2
+    )
     (tmp_path / "config.json").unlink()
     assert sft.other_policy(sft.Config(model=base, data=f"{tmp_path}/x", output_dir="o", loss="rasft")) == ""
 
