@@ -332,6 +332,7 @@ _PATTERNS = dict(  # of tokens, by name; the first that matches counts
     stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
     number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"  # 0.1666...
     r"|(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}"
+    # 3 1/2; not "6 and 1/3 of", nor what `_tokens` takes apart
     r"|(?<![/.\d])(?P<whole>[0-9]+) (?:and )?(?P<above>[0-9]+)/(?P<below>0*[1-9][0-9]*)(?![\d.]|\s+of\b)"
     r"|(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])"  # the 1/3 of 2 / 1/3
     rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?|{_IN_WORDS}",
@@ -400,7 +401,7 @@ def _tokens(text: str) -> tuple[Token, ...]:
         if name == "skip":
             continue
         if name == "number":
-            if m["whole"] and int(m["above"]) >= int(m["below"]):  # no 3 1/2: "12-3=9 and 9/3=3", "6 and 1/3 of" it
+            if m["whole"] and int(m["above"]) >= int(m["below"]):  # no mixed number: 12-3=9 and 9/3=3
                 end, said = m.end("whole"), m["whole"]
             value = _number(said)
             name = "number" if value is not None else "other"

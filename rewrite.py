@@ -801,7 +801,7 @@ def main():
     mine, engine, running = rest[rank::world], None, ""
     vocab = reward.used_vocabulary(tokenizer)
     # room for the longest text, which has to be scored, its stop id, and the token that scoring throws away
-    max_len = min(readable, max(config.max_model_len, *(expert_length[row["id"]] for row in rows)) + 2)
+    max_len = min(readable, max(config.max_model_len, expert_length[longest]) + 2)
     flags = dict(device=device, vocab=vocab, gpu_memory=config.gpu_memory, seed=config.seed, batched_tokens=2048)
     # of all ranks' rows: starting an engine is collective
     if any(row["id"] in to_write[source] and row["id"] not in known[source] for row in rest for source in sources):

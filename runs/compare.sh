@@ -43,8 +43,7 @@ sft mtg_filtered "$OUT/mtg_filtered/rewrite/train.jsonl" $MTG_GRID
 rasft rasft 4 400 "$RASFT_GRID"
 rasft rasft_filtered 4 400 "$RASFT_GRID" $FILTER
 
-# --- the untrained mapper's rewrites, DART's choice without its penalty, without fidelity, without both ---
-choice() { rewrite "$1" dart "${@:2}"; sft "$1" "$OUT/$1/rewrite/train.jsonl" $PROMPTED_DART_GRID; }
+# --- prompted_dart, at its rate, without DART's penalty in the choice, without fidelity, without both ---
 choice prompted_no_penalty --hard_cheats none --soft_weight 0
 choice prompted_no_fidelity --min_fidelity 0
 choice prompted_neither --hard_cheats none --soft_weight 0 --min_fidelity 0

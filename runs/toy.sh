@@ -47,6 +47,8 @@ dart() {
     rewrite "$1" dart --mapper "$OUT/$1/mapper/model" ${2:-}
     sft "$1" "$OUT/$1/rewrite/train.jsonl" $DART_GRID
 }
+# choice ARM FLAGS...: DART's choice among the untrained mapper's rewrites, and SFT on it.
+choice() { rewrite "$1" dart "${@:2}"; sft "$1" "$OUT/$1/rewrite/train.jsonl" $PROMPTED_DART_GRID; }
 
 # --- the world: base model, demonstrations in the expert's words, benchmarks ---
 world "$SEED"
@@ -61,10 +63,7 @@ for arm in "${ARMS[@]}"; do
         # prompted rewriting: the base model as an untrained mapper, then SFT
         prompted) rewrite prompted map; sft prompted "$OUT/prompted/rewrite/train.jsonl" $PROMPTED_GRID ;;
         # the same with DART's choice among the untrained mapper's rewrites
-        prompted_dart)
-            rewrite prompted_dart dart
-            sft prompted_dart "$OUT/prompted_dart/rewrite/train.jsonl" $PROMPTED_DART_GRID
-            ;;
+        prompted_dart) choice prompted_dart ;;
         # DART: train the mapper, rewrite, SFT
         dart) dart dart ;;
         # direct GRPO on the target, for as long as all of DART took
