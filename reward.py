@@ -561,7 +561,7 @@ _LAST = re.compile(
     rf"|(?:(?<![\w)])-)?\$?(?:\d+ \d+/\d+|\d+ out of \d+|\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}"
     rf"|{_DIGITS}(?:/\d+|(?:\\sqrt\{{\d+\}})?(?:\s?\\pi)?))"
 )
-_NEGATED = re.compile(r"\b(?:not|cannot|never|unable|either)\b|n['’]t\b", re.I)  # its last number is no answer
+_NEGATED = re.compile(r"\b(?:not|cannot|never|unable|either\b.*\bor)\b|n['’]t\b", re.I)  # its last number is no answer
 _EVASIVE = re.compile(
     r"\b(?:unable to|(?:can|could|do)(?: ?not|n['’]t) (?:work|solve|find|determine|tell|know|answer))\b", re.I
 )

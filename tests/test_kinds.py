@@ -221,6 +221,7 @@ The chance is 5 out of 12. ||| \frac{5}{12}
 \boxed{\text{So, the total is } 48.} ||| 48
 \boxed{\text{either } 4 \text{ or } -4} ||| \pm 4
 It is fourteen (14). The answer is fourteen (14). ||| 14
+Either way, she keeps 12 pens. ||| 12
 \boxed{\begin{cases}2t, & t \ge 1, \\ 0, & t<1.\end{cases}} ||| \begin{cases}2t & \text{if } t\geq 1\\0&t<1\end{cases}
 \boxed{(2\,5\,3)} ||| (2 5 3)
 \boxed{45} ||| 45^\circ
