@@ -9,7 +9,7 @@
 One line of SOURCES is one data set; add yours there, or name a local JSONL, Parquet or CSV file and its columns. A row
 is left out, and counted, if a field is missing or empty, or if its answer is not verifiable: the grader must accept the
 answer against itself. Where a data set has no column of answers, the answer is what the grader reads in the solution
-(the last box, or GSM8K's "####").
+(the last box, or GSM8K's "####"). An id is NAME-ROW, or your file's own, where every row has another text as `id`.
 
 Of code (kind "code") the answer is a test program, and a row's own program must pass it; those that do not are named. A
 problem of HumanEval is asked as it stands and answered with the whole function; what its prompt has besides (imports,
@@ -34,6 +34,7 @@ from rewrite import check, json_line, read_jsonl, run, write_text
 
 BLOCK = 2000  # rows graded at a time
 GRAM = 13  # words in a row that a training problem and a benchmark may not share
+FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}  # endings, and what reads them
 SHOWN = "Your code should pass this test:"  # ours, in every problem of MBPP
 
 
@@ -124,24 +125,23 @@ def load(source: Source, local: str | None):
     import datasets
 
     place = local or source.hub
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    own = Path(place).is_file()
     try:
-        if Path(place).is_file():
-            kind = kinds.get(Path(place).suffix)
-            check(kind, f"{place}: a file must end in {', '.join(kinds)}")
-            return datasets.load_dataset(kind, data_files=place, split="train")
+        if own:
+            kind = FILES[Path(place).suffix]
+            text = {"keep_default_na": False} if kind == "csv" else {}  # "None" and "NA" may be answers
+            return datasets.load_dataset(kind, data_files=place, split="train", **text)
         revision = None if local else source.revision
         return datasets.load_dataset(place, source.config, split=source.split, revision=revision)
     except (
         OSError,
         ValueError,
         datasets.exceptions.DatasetsError,
-    ) as error:  # not there, gated, no network, no such split
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise SystemExit(
-            f"{place}: cannot be loaded ({reason}); if the hub cannot be reached or asks for a login, fetch it "
-            "elsewhere and give the folder or file with --local"
-        ) from None
+    ) as error:  # not there, gated, no network, no such split, a broken line
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        hint = "if the hub cannot be reached or asks for a login, fetch it elsewhere and give the folder or file with "
+        hint = "mend the file" if own else hint + "--local"
+        raise SystemExit(f"{place}: cannot be loaded ({reason}); {hint}") from None
 
 
 def text_of(value) -> str:
@@ -153,6 +153,11 @@ def text_of(value) -> str:
     return "" if value is None else str(value).strip()
 
 
+def lines_of(value) -> str:
+    """A field of code as it stands: a list is lines."""
+    return "" if value is None else "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def demonstration(solution: str) -> str:
     """GSM8K's solutions as a model would write them: no calculator marks, the answer in a box. Others stay as is."""
     solution = re.sub(r"<<[^<>\n]*>>", "", solution)
@@ -161,7 +166,7 @@ def demonstration(solution: str) -> str:
 
 def read(row: dict, source: Source) -> tuple[str, str | None, str]:
     """(problem, solution, answer without dollars around it) of a row; an empty one where there is none."""
-    problem = " ".join(text_of(row[column]) for column in source.problem.split("+"))
+    problem = " ".join(text_of(row[column]) for column in source.problem.split("+")).strip()
     solution = row[source.solution] if source.solution else None
     solution = text_of(solution[0] if isinstance(solution, list) and solution else solution)
     if source.answer is None:
@@ -178,8 +183,10 @@ def read_code(row: dict, source: Source) -> tuple[str, str | None, str]:
 
     Known by their columns are HumanEval's (entry_point) and MBPP's (test_list); others are taken as they are.
     """
-    problem, tests = row[source.problem] or "", row[source.answer] or ""
-    program = (row[source.solution] or "") if source.solution else ""
+    problem = " ".join(lines_of(row[column]) for column in source.problem.split("+"))
+    tests = lines_of(row[source.answer])
+    program = row[source.solution] if source.solution else None
+    program = lines_of(program[0] if isinstance(program, list) and program else program)
     if name := row.get("entry_point"):
         try:
             stands = ast.parse(problem).body
@@ -191,7 +198,7 @@ def read_code(row: dict, source: Source) -> tuple[str, str | None, str]:
         problem = f"Complete this function:\n\n```python\n{problem.strip()}\n```"
     elif shown := row.get("test_list"):
         imports = row.get("test_imports") or [row.get("test_setup_code") or ""]
-        tests = "\n".join([*imports, *(tests if isinstance(tests, list) else [tests])]).strip()
+        tests = "\n".join([*imports, tests]).strip()
         problem = f"{problem.strip()}\n{SHOWN}\n\n{shown[0]}"
     if program and not reward.programs(program):
         program = f"```python\n{program.strip()}\n```"
@@ -234,28 +241,47 @@ def main():
     check(args.limit >= 0, f"--limit must not be negative, got {args.limit}")
     alone = len(args.names) == 1
     check(alone or not (args.out or args.local), "--out and --local are for one data set at a time")
+    given = {field: getattr(args, field) for field in ("problem", "solution", "answer", "kind") if getattr(args, field)}
+    jobs: dict[Path, tuple[str, Source, str | None]] = {}
     for name in args.names:  # all of them, before anything is loaded
         near = difflib.get_close_matches(name, SOURCES, 1, 0.5)
         guess = f"; did you mean {near[0]}?" if near else ""
-        known = f"known are {', '.join(SOURCES)}, and files that end in .jsonl, .json, .parquet or .csv"
+        known = f"known are {', '.join(SOURCES)}, and files that end in {', '.join(FILES)}"
         check(name in SOURCES or Path(name).is_file(), f"{name}: neither a known data set nor a file{guess} ({known})")
         check(name in SOURCES or args.problem, f"{name}: --problem must name the column of the problem")
         check(name in SOURCES or args.solution or args.answer, f"{name}: --solution or --answer must name a column")
+        check(name in SOURCES or not args.local, f"{name} is a file itself; --local is a copy of a known data set")
+        local = args.local if name in SOURCES else name
+        check(not local or Path(local).exists(), f"--local {local}: no such file or folder")
+        if local and Path(local).is_file():
+            check(Path(local).suffix in FILES, f"{local}: a file must end in {', '.join(FILES)}")
+            check(Path(local).read_bytes().strip(), f"{local} is empty")
+        source = SOURCES.get(name) or Source(name, None, None, "train", "", None, None)
+        source = source._replace(**given)
+        check(source.answer or source.kind != "code", f"{name}: --answer must name the column of the tests")
+        reward.KINDS[source.kind].ready()
+        out = Path(args.out or f"data/{Path(name).stem}.jsonl")
+        check(not out.is_dir(), f"--out {out} is a folder; name a file in it")
+        check(
+            out not in jobs,
+            f"{name} and {jobs.get(out, [''])[0]} would both become {out}; make one at a time, with --out",
+        )
+        taken = [path for path in (local, *args.decontaminate) if path and Path(path).resolve() == out.resolve()]
+        check(not taken, f"{out} is read and would be written over; name another file with --out")
+        jobs[out] = (name, source, local)
     benchmarks = {path: read_jsonl(path, {"id": str, "problem": str}) for path in args.decontaminate}
     held_out = {gram: path for path, rows in benchmarks.items() for row in rows for gram in grams(row["problem"])}
-    for name in args.names:
-        prepare(name, args, held_out)
+    for out, (name, source, local) in jobs.items():
+        prepare(name, source, local, out, args, held_out)
 
 
-def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...], str]) -> None:
+def prepare(
+    name: str, source: Source, local: str | None, out: Path, args, held_out: dict[tuple[str, ...], str]
+) -> None:
     """Writes one data set; `held_out` holds what a problem may not share, and with which benchmark."""
     from tqdm import tqdm
 
-    stem, local = (name, args.local) if name in SOURCES else (Path(name).stem, name)
-    source = SOURCES.get(name) or Source(name, None, None, "train", "", None, None)
-    given = {field: getattr(args, field) for field in ("problem", "solution", "answer", "kind") if getattr(args, field)}
-    source = source._replace(**given)
-    out = Path(args.out or f"data/{stem}.jsonl")
+    stem = Path(name).stem
     data = load(source, local)
     asked = [*source.problem.split("+"), *filter(None, (source.solution, source.answer))]
     for column in asked:
@@ -271,6 +297,11 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
         check(kind in reward.KINDS, f"{name}: column 'kind' must hold {' or '.join(reward.KINDS)}, found {kind!r}")
         check(source.answer or kind != "code", f"{name}: --answer must name the column of the tests")
         reward.KINDS[kind].ready()
+
+    ids = [f"{stem}-{i}" for i in range(len(data))]
+    own = data["id"] if local == name and "id" in data.column_names else []  # rewrites are found by it in the file
+    if own and all(isinstance(one, str) and one for one in own) and len(set(own)) == len(own):
+        ids = own
 
     order = list(range(len(data)))
     if args.limit:
@@ -289,7 +320,7 @@ def prepare(name: str, args: argparse.Namespace, held_out: dict[tuple[str, ...],
             else:
                 texts = {"solution": solution} if solution else {}
                 kind = {"kind": "code"} if kinds[i] == "code" else {}
-                rows[i] = {"id": f"{stem}-{i}", **kind, "problem": problem, **texts, "answer": answer}
+                rows[i] = {"id": ids[i], **kind, "problem": problem, **texts, "answer": answer}
         sound = {i for i, row in rows.items() if not reward.KINDS[kinds[i]].unfit(row["answer"])}
         # of code the row's own program is tried, where it has one
         proofs = {i: f"\\boxed{{{rows[i]['answer']}}}" for i in sound if kinds[i] == "math"}

@@ -153,11 +153,52 @@ def test_the_words_that_mbpp_is_given_by_us_are_not_shared():
         (["notes.txt"], "--problem must name the column"),
         (["gsm8k_train", "svamp", "--out", "x.jsonl"], "one data set at a time"),
         (["gsm8k_train", "--decontaminate", "none.jsonl"], "none.jsonl: no such file"),
+        (["gsm8k_train", "--local", "nowhere"], "--local nowhere: no such file or folder"),
+        (["mine.jsonl", "--problem", "q", "--answer", "a", "--local", "mine.jsonl"], "mine.jsonl is a file itself"),
+        (["mine.jsonl", "--problem", "q", "--answer", "a", "--out", "openai"], "--out openai is a folder"),
+        (["mine.jsonl", "--problem", "q", "--answer", "a", "--out", "mine.jsonl"], "mine.jsonl is read and would be"),
+        (["gsm8k_train", "--decontaminate", "mine.jsonl", "--out", "./mine.jsonl"], "mine.jsonl is read and would be"),
+        (["mine.jsonl", "sub/mine.jsonl", "--problem", "q", "--answer", "a"], "would both become data/mine.jsonl"),
+        (["gsm8k_train", "mine.jsonl", "--problem", "q", "--solution", "a", "--kind", "code"], "column of the tests"),
+        (["blank.jsonl", "--problem", "q", "--answer", "a"], "blank.jsonl is empty"),
+        (["cut.jsonl", "--problem", "q", "--answer", "a"], "row 1); mend the file"),
     ],
 )
 def test_bad_input(hub, args, told):
-    """One line that says what and what to do; nothing is written."""
+    """One line that says what and what to do; nothing is written, not even of the data set that is named first."""
     (hub / "notes.txt").write_text("x")
+    row = {"id": "0", "problem": "p", "q": "1+1?", "a": "2"}
+    for name in ("mine.jsonl", "sub/mine.jsonl"):
+        write(hub / name, [row])
+    (hub / "blank.jsonl").write_text("\n")
+    (hub / "cut.jsonl").write_text(json.dumps(row) + '\n{"q": "1+')
     done = prepare(hub, *args)
     assert done.returncode == 2 and told in done.stderr
     assert not (hub / "data").exists() and not (hub / "x.jsonl").exists()
+    assert rows_of(hub / "mine.jsonl") == [row]
+
+
+def test_own_file_keeps_its_ids_and_words(tmp_path):
+    """Its `id` where every row has its own; "NA" and "None" in CSV are text; two empty columns are no problem."""
+    rows = [dict(id=f"r{i}", q=f"What is {i}+1?", more="Really?", a=str(i + 1)) for i in range(3)]
+    asked = ("--problem", "q+more", "--answer", "a")
+    done = prepare(tmp_path, write(tmp_path / "own.jsonl", [*rows, dict(id="r3", q="", more="", a="1")]), *asked)
+    assert "left out 1 without a problem" in done.stdout
+    made = [(row["id"], row["problem"]) for row in rows_of(tmp_path / "data/own.jsonl")]
+    assert made == [(f"r{i}", f"What is {i}+1? Really?") for i in range(3)]
+    rows[2]["id"] = "r0"
+    prepare(tmp_path, write(tmp_path / "twice.jsonl", rows), *asked)
+    assert [row["id"] for row in rows_of(tmp_path / "data/twice.jsonl")] == ["twice-0", "twice-1", "twice-2"]
+    (tmp_path / "words.csv").write_text("q,a\nWhich element is Na?,NA\nIs there one?,None\nNothing,\n")
+    done = prepare(tmp_path, "words.csv", "--problem", "q", "--answer", "a")
+    assert [row["answer"] for row in rows_of(tmp_path / "data/words.jsonl")] == ["NA", "None"], done.stdout
+
+
+def test_own_code(tmp_path):
+    """Joined columns, tests and solutions as lists, without MBPP's columns."""
+    row = dict(what="Write f.", how="It adds 1.", tests=["assert f(1) == 2", "assert f(2) == 3"])
+    write(tmp_path / "own.jsonl", [row | {"program": ["def f(x):\n    return x + 1", "f = 1"]}])
+    flags = ("--problem", "what+how", "--solution", "program", "--answer", "tests", "--kind", "code")
+    done = prepare(tmp_path, "own.jsonl", *flags)
+    [made] = rows_of(tmp_path / "data/own.jsonl") if not done.returncode else [done.stderr]
+    assert made["problem"] == "Write f. It adds 1." and made["answer"] == "assert f(1) == 2\nassert f(2) == 3\n"
