@@ -329,12 +329,12 @@ _IN_WORDS = rf"{_BELOW_100}(?:\s(?:{_SCALE})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+|\.(?=[*/]))?|\.[0-9]+)"
 _PATTERNS = dict(  # of tokens, by name; the first that matches counts
     skip=r"[^\S\n]+|times(?=\s(?:\\times|[*x])\s)|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
-    stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\to(?![a-z])|=>",
+    stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\(?:to|(?:Long)?rightarrow|iff|implies|checkmark|therefore)(?![a-z])|=>|[—✓✔∴•“”]",
     number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"  # 0.1666...
     r"|(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}"
     # 3 1/2; not "6 and 1/3 of", nor what `_tokens` takes apart
     r"|(?<![/.\d])(?P<whole>[0-9]+) (?:and )?(?P<above>[0-9]+)/(?P<below>0*[1-9][0-9]*)(?![\d.]|\s+of\b)"
-    r"|(?:(?<=/ )|(?<=\\div ))[0-9]+/0*[1-9][0-9]*(?![\d.])"  # the 1/3 of 2 / 1/3
+    r"|(?:(?<=/ )|(?<=\\div )|(?<=divided by ))[0-9]+/0*[1-9][0-9]*(?![\d.])"  # the 1/3 of 2 / 1/3
     rf"|{_DIGITS}(?:e[-+]?[0-9]{{1,3}}(?!\w)|\s(?:{_SCALE})(?!\w))?|{_IN_WORDS}",
     percent=r"\\?%|per\s?cent(?!\w)",
     equals=r"=|(?:is\sequal\sto|equals|is|makes|gives)(?!\w)(?!\s(?:about|approximately|roughly)\s)",
@@ -401,7 +401,11 @@ def _tokens(text: str) -> tuple[Token, ...]:
         if name == "skip":
             continue
         if name == "number":
-            if m["whole"] and int(m["above"]) >= int(m["below"]):  # no mixed number: 12-3=9 and 9/3=3
+            goes_on = (
+                found and found[-1].kind == "=" and re.match(r"\s*(?:[-+*/=]|\\times|\\cdot)", text[end : end + 9])
+            )
+            # no mixed number: 12-3=9 and 9/3=3, 6*4=24 and 1/3*24=8
+            if m["whole"] and (int(m["above"]) >= int(m["below"]) or (goes_on and "and" in said)):
                 end, said = m.end("whole"), m["whole"]
             value = _number(said)
             name = "number" if value is not None else "other"
@@ -516,11 +520,11 @@ def evaluate(tokens: typing.Sequence[Token], percent: int | Fraction = 1, roots=
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Answers. An answer is found in the completion, both answers are read (one spelling; name and unit apart), and the
-#    first kind that knows them compares them: number, base, option, word, interval. What is left is a formula: those go
-#    to math-verify, which may hang: only ever in worker processes, which die when their time is up.
+#    first kind that knows them compares them: equation, list of names, number, base, option, word, interval. What is
+#    left is a formula: those go to math-verify, which may hang: only ever in workers, which die when their time is up.
 #    Not read, on purpose: decimals for a root or \pi, a unit's other unit (1.5 hours and 90 minutes), 42 for 52_8.
 
-SECONDS, MEMORY = 5, 4 << 30  # seconds and bytes for one comparison by math-verify
+SECONDS, MEMORY = 5, 4 << 30  # of CPU time and bytes for one comparison by math-verify
 LONGEST, BRACKETS = 400, 40  # characters, opened brackets of an answer; what has more, or deeper ones, is wrong without
 # a look: nesting costs the parser time in powers of two
 # timeouts: out of time; errors: math-verify or the sandbox failed; refused: programs that break the sandbox's rules
@@ -662,7 +666,9 @@ _DIMENSIONS = (  # nearly any word may stand behind a number; these, in any form
     "north;south;east;west",
     "fahrenheit;celsius;kelvin",
     "radian rad;degree deg",
-    "percent;joule j;newton n;volt v;watt w",
+    "percent;joule j kj;newton n;volt v;watt w kw;pascal pa;electronvolt ev",
+    "byte;kilobyte kb;megabyte mb;gigabyte gb;terabyte tb",
+    "hertz hz;kilohertz khz;megahertz mhz;gigahertz ghz",
     "square sq;cubic",
 )
 _NAMES = [(names.split(), line) for line in _DIMENSIONS for names in line.split(";")]  # of a unit, its own in front
@@ -999,6 +1005,9 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
         return False
     if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
+    if option := re.match(r"\(?([A-J])\)\s*(?=\S)", gold.text):  # here too either of both will do
+        letter = _options_equal(answer, _read(option[1]))
+        return _quick(completion, gold.whole[option.end() :]) if letter is None else letter
     if answer.name != gold.name and {answer.name, gold.name} <= {"x", "y", "z"}:  # the lines x = 3 and y = 3
         return False
     return next(verdict for kind in _KINDS if (verdict := kind(answer, gold)) is not None)
@@ -1014,12 +1023,12 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable()
     _compare("1+x", "x+1")  # imports and builds its parser: no question pays for that with its time
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for line in sys.stdin:
         seconds, answer, gold = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         verdict = _compare(answer, gold)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(verdict), file=out, flush=True)
 
 
@@ -1073,7 +1082,7 @@ def _ask(pair: tuple[str, str]) -> bool | str:
     if not verdict:
         worker.wait()
         start()  # it is ready, or nearly, when the next question comes
-        return "timeouts" if worker.returncode == -signal.SIGALRM else "errors"
+        return "timeouts" if worker.returncode == -signal.SIGPROF else "errors"
     return {"true": True, "false": False}.get(verdict.strip(), "errors")
 
 
@@ -1409,14 +1418,15 @@ _NOT_BEFORE = frozenset("of half twice double third quarter sin cos tan log ln s
 _NOT_AFTER = frozenset("more less fewer greater percent half halves thirds quarters mod modulo".split()) | set(_SCALES)
 _NO_THING = _NO_UNIT | set(  # words behind a number that are not what is counted
     "times more less fewer greater of am pm cent cents because since so then thus hence when with which as but that we"
-    " he she it they the a an who his her their its this these".split()
+    " he she it they the an who his her their its this these".split()
 )
 _AMOUNTS = frozenset(  # behind whose "of" no share is taken
     "total sum cost amount volume area perimeter length width height weight distance price value profit speed".split()
 )
 _THINGS = "(?:w{1,3}(?:ow{1,2})?(?:/w{1,2})?|/w{1,2})"  # pens, cups of tea, miles per hour
 # not the km of "= 90 km = 90,000 m"
-_COUNTED = re.compile(rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<=[n)%]){_THINGS}(?=[=~])")
+_COUNTED = re.compile(rf"(?<=[n)%]){_THINGS}(?=[-+*)]|/(?!w))|(?<!=n)(?<!=n/n)(?<=[n)%]){_THINGS}(?=[=~])")
+_BEHIND = re.compile("[^w;=~]*(w{1,3}(?:/w{1,2})?)")  # the first words of a right side
 _REMAINDER = re.compile(r"[\s,(]*(?:with )?(?:a )?(?:remainder|r)(?: of)? ?(\d+)", re.I)
 
 
@@ -1429,8 +1439,9 @@ class Statement(typing.NamedTuple):
     end: int
 
 
-def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
-    """The numbers and signs of 3 boxes * 8 pens = ..., $2/egg, 60 miles per hour; "20% of", "2/3 of" become times.
+def _without_units(tokens: typing.Sequence[Token]) -> tuple[list[Token], set[int]]:
+    """The numbers and signs of 3 boxes * 8 pens = ..., $2/egg, 60 miles per hour; "20% of", "2/3 of" become times. And
+    where those equality signs begin that have other units on either side: 3.6 * 10 seconds = 0.6 minutes.
 
     Numbers that only stand beside each other are kept apart by a token of the kind "_".
     """
@@ -1438,7 +1449,8 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
     def units_of(words: typing.Sequence[Token]) -> set[str]:
         return {_UNITS[t.text.lower()] for t in words if t.text.lower() in _UNITS}
 
-    kinds = "".join(("o" if t.text == "of" else "?") if t.text.lower() in _NO_THING else t.kind for t in tokens)
+    no_thing = [t.kind in "w?" and t.text.lower() in _NO_THING for t in tokens]
+    kinds = "".join(("o" if t.text == "of" else "?") if no else t.kind for t, no in zip(tokens, no_thing))
     spans = []  # of words that say what is counted, and the known units among them
     for m in _COUNTED.finditer(kinds):
         units = units_of(tokens[m.start() : m.end()])
@@ -1448,11 +1460,16 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
     for (a, b, one), (c, d, other) in itertools.pairwise(spans):
         if c == b + 2 and kinds[b] in "+-" and one and other and not one & other:  # 2 hours + 30 minutes
             left_out -= {*range(a, b), *range(c, d)}
-    for start, end, units in spans:
-        behind = re.match("[=~][^w;=~]*(w{1,3}(?:/w{1,2})?)", kinds[end:]) if units else None
-        others = units_of(tokens[end + behind.start(1) : end + behind.end(1)]) if behind else set()
-        if others and not others & units:  # 3.6 * 10 seconds = 0.6 minutes
-            left_out -= {*range(start, end)}
+    units_at = {start: units for start, _, units in spans}
+    converted, said = set(), set()  # said: the units of a side so far
+    for i, kind in enumerate(kinds):
+        said |= units_at.get(i, set())
+        if kind in "=~;":
+            behind = _BEHIND.match(kinds, i + 1) if said and kind != ";" else None
+            others = units_of(tokens[behind.start(1) : behind.end(1)]) if behind else set()
+            if others and not others & said:
+                converted.add(tokens[i].start)
+            said = set()
     kept, shape, depth = [], "", 0  # shape: the kinds of what is kept
     for i, token in enumerate(tokens):
         if i in left_out:
@@ -1467,7 +1484,7 @@ def _without_units(tokens: typing.Sequence[Token]) -> list[Token]:
         depth += {"(": 1, ")": -1}.get(token.kind, 0)  # below 0 behind the 1) of a list
         kept.append(token)
         shape += token.kind
-    return kept
+    return kept, converted
 
 
 def _values(side: list[Token], roots=False) -> list[int | Fraction]:
@@ -1479,6 +1496,9 @@ def _values(side: list[Token], roots=False) -> list[int | Fraction]:
         readings.append(([t._replace(value=_number(t.text.split()[0])) if t.kind == "n" else t for t in side], 1))
     if any(t.kind == "%" for t in side):
         readings += [(of, Fraction(1, 100)) for of, _ in readings]
+    if re.fullmatch(r"n[-+]n%", "".join(t.kind for t in side)):  # 50 - 20% = 40
+        part = side[2]._replace(value=Fraction(side[2].value, 100) * side[0].value)
+        readings.append(([*side[:2], part], 1))
     try:
         values = [evaluate(*reading, roots) for reading in readings]
     except OverflowError:
@@ -1509,7 +1529,7 @@ def _holds(left, right, side: list[Token], divides: bool, near: bool, roots: boo
     return bool(left == right or rounded or cut or (near and 20 * off <= size))
 
 
-_OPERATION = re.compile(r".[-+*/^!f]|n\(")  # of two numbers, or 6(2)
+_OPERATION = re.compile(r".[-+*/^!f]|[n)]\(")  # of two numbers, or 6(2)
 
 
 def _chain(sides: list[list[Token]], near: list[bool]) -> list[Statement]:
@@ -1554,7 +1574,7 @@ def _alone(side: list[Token], beside: Token, left: bool) -> bool:
     """Whether the outer side of an equation is all there is, or only part of a larger expression."""
     if beside.kind == "_":  # 4 (5+3) = 32, but "= 16 (-1)^2 = 1"; not 18 000, nor (1+2)^2 (1+2)
         return not left and beside.text == "(" and all(t.kind != ")" for t in side)
-    if beside.kind == ";" or beside.text in ("([{\"'<" if left else ")]}\"'>"):
+    if beside.kind == ";" or beside.text in ("([{\"'`<" if left else ")]}\"'`>"):
         return True
     if beside.text.lower() in (_NOT_BEFORE if left else _NOT_AFTER):
         return False
@@ -1572,7 +1592,9 @@ def _first_side(tokens: list[Token], start: int, sign: int, second: list[Token])
         # "- 3+4=7" is an item of a list, "-3+4=1" a negative number, "eggs - 3 - 4 = 9" part of something larger
         item = side[0].end < side[1].start
         side = side[item:] if before.kind == ";" and side[0].kind in "-*" else []
-    if not side or not _alone(side, before, left=True):
+    article = before.text.lower() in ("the", "these", "his", "her", "their") and len(side) < sign - 1
+    owner = tokens[sign - len(side) - 2] if article else before  # half of the 10 apples + 3
+    if not side or not _alone(side, before, left=True) or owner.text.lower() in _NOT_BEFORE:
         return []
     kinds, tight = "".join(t.kind for t in side), len(side) > 1 and side[0].end == side[1].start
     in_words, counted = equals.text[0].isalpha(), equals.start > side[-1].end + 2  # "is"; a unit stands between
@@ -1606,7 +1628,8 @@ def _last_side(tokens: list[Token], sign: int, end: int) -> list[Token]:
 def _scan(text: str) -> list[Statement]:
     """Statements among runs of numbers, operators and equality signs."""
     edge = Token(";", "", 0, 0, None)
-    found, tokens = [], [edge, *_without_units(_tokens(text)), edge]
+    plain, converted = _without_units(_tokens(text))
+    found, tokens = [], [edge, *plain, edge]
     for run in re.finditer("[-n+*/^!%()f=~]+", "".join(t.kind for t in tokens)):
         signs = [k for k in range(*run.span()) if tokens[k].kind in "=~"]
         if signs:
@@ -1617,6 +1640,8 @@ def _scan(text: str) -> list[Statement]:
             if chain and last and (rest := _REMAINDER.match(text, last[-1].end)) and len(first) == 3:
                 holds = first[0].value == first[2].value * last[0].value + int(rest[1])
                 chain[-1] = chain[-1]._replace(holds=first[1].kind != "/" or holds)
+            if any(tokens[k].start in converted for k in signs):  # what does not hold may hold in the other units
+                chain = [statement for statement in chain if statement.holds]
             found += chain
     return found
 
@@ -1631,7 +1656,7 @@ def statements(text: str) -> tuple[Statement, ...]:
     """Arithmetic statements: 15+3=18, "39 plus sixteen is thirty-five", <<48/2=24>>, 3 boxes * 8 pens = 24 pens, 20% of
     50 = 10, \\frac{12}{4} \\times \\$2 = \\$6, 10/3 \\approx 3.33.
 
-    What is not clearly one is skipped: variables, roots, numbers with a word that changes them, sides of more than
+    What is not clearly one is skipped: variables, numbers with a word that changes them, sides of more than
     `_LONG` tokens. The text is in one spelling, and so are their positions. Source: our reconstruction.
     """
     found = _scan(_unannotated(text))
@@ -1675,13 +1700,15 @@ def _free_numbers(text: str) -> list[tuple[int, int | Fraction]]:
 def fidelity(expert: str, rewrite: str) -> float:
     """|longest common subsequence| / |expert's intermediate results|, in [0, 1]; 1 when it has none.
 
-    The results are the right sides of the expert's statements, or all its numbers if it makes none. In the rewrite
-    every number counts that is no operand of a statement: "which leaves 13" keeps the 13. Only the first `_MOST`
-    results of each text are compared, since that takes time in their product. Both are in one spelling. Source: our
-    reconstruction.
+    The results are the right sides of the expert's statements. In the rewrite every number counts that is no operand of
+    a statement: "which leaves 13" keeps the 13. If the expert makes no statement, all numbers of both count. Only the
+    first `_MOST` results of each text are compared, since that takes time in their product. Both are in one spelling.
+    Source: our reconstruction.
     """
-    wanted = [s.right for s in statements(expert)] or [value for _, value in _numbers(expert)]
+    wanted = [s.right for s in statements(expert)]
     kept = [(s.equals, s.right) for s in statements(rewrite)] + _free_numbers(rewrite)
+    if not wanted:
+        wanted, kept = [value for _, value in _numbers(expert)], _numbers(rewrite)
     wanted, kept = wanted[:_MOST], [value for _, value in sorted(kept)[:_MOST]]
     row = [0] * (len(kept) + 1)
     for value in wanted:
@@ -1695,20 +1722,22 @@ def fidelity(expert: str, rewrite: str) -> float:
 
 _SOLUTION = "(?:solution|answer|proof|explanation|reasoning|text|derivation|demonstration|passage|write-?up|wor[dk]ing)"
 _SOURCE = rf"""
-(?:given|provided|original|official|reference|expert|above|sample|example|model|teacher|textbook|worked)(?:['’]s)?
- {_SOLUTION}
+(?:given|provided|original|official|reference|expert|sample|example|model|teacher|textbook|worked)(?:['’]s)?
+ {_SOLUTION}(?! (?:choices|options))|above (?:solution|answer|explanation|text|demonstration|passage|write-?up)
 |ground[ -]truth|the author|previous solution|(?:known|stated|expected) (?:final )?answer|answer key
-|{_SOLUTION} (?:above|provided|given)|the steps? (?:provided|given)|(?:shown|provided) to (?:me|us)|the expert
-|the reference\b(?! (?:to|angle|point|frame|line|level|value|group)\b)|you (?:gave|showed|provided|sent)|given steps
-|(?:as|in|from|following|per|see) the (?!answer|text){_SOLUTION}(?! (?:to|of|for|set)\b)|as the answer \w+
-|(?:the|your) solution (?:(?:find|show|say|state|use|give|tell|write|compute|start)s?|did|multipl\w+)
+|(?:solution|answer|explanation|text|demonstration|passage|write-?up) above|{_SOLUTION} (?:provided|given)
+|the steps? (?:provided|given)|(?:shown|provided) to (?:me|us)|the expert|you (?:gave|showed|provided|sent)|given steps
+|the reference\b(?! (?:to|angle|point|frame|line|level|value|group|number|triangle)\b)
+|(?:as|in|from|following|per|see) the (?!answer|text){_SOLUTION}(?! (?:to|of|for|set)\b)
+|(?:as the answer|(?:the|your) solution) (?:(?:find|show|say|state|use|give|tell|write|compute|start)s?|did|multipl\w+)
 |(?:stated|shown|given) in the {_SOLUTION}|back(?:wards?)? from the {_SOLUTION}|{_SOLUTION} in front of (?:me|us)
-|{_SOLUTION} (?:that )?(?:i|we) (?:was|were|am|are) (?:given|shown)|i was (?:shown|given|handed)
-|(?:rewrit|rephras|paraphras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}|paraphras\w+
+|{_SOLUTION} (?:that )?we (?:were|are) (?:given|shown)|i (?:was|am) (?:shown|given|handed)
+|(?:rewrit|rephras|reword)\w* (?:(?:of )?(?:the|this|your) )?{_SOLUTION}|paraphras\w+
 |rewritten(?: version|(?=:))
 |(?:my|the|a|your) (?:rewrite|rewriting|rewording|rephrasing)|(?:my|your) version|in (?:my|your|our) own words
-|(?:original|my) wording|as if (?:i|you) had|according to the (?:{_SOLUTION}(?! key)|teacher)|teacher['’]s \w+
-|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*|the original(?=[,.:;])
+|(?:original|my) wording|as if (?:i|you) had (?:solved|written|found|worked|derived)
+|according to the (?:{_SOLUTION}(?! key)|teacher)|teacher['’]s \w+|(?:in|from|like|than|as) the original(?=[,.:;])
+|(?:the|my|our) teacher (?:\w+ )?(?:sa|show|solve|wrote|did|use|explain|suggest)\w*
 """
 _SOURCE = re.compile(rf"\b(?:{''.join(_SOURCE.splitlines())})\b")  # of a text in lower case, with single spaces
 _SIGN = r"(?:[-+*/^]|\\(?:times|cdot|div)(?![a-z]))"
@@ -1717,17 +1746,22 @@ _STATED = re.compile(
     rf"(?:[0-9][0-9.,]*(?![0-9.,]|\s?{_SIGN}\s?[\d$(\\])|{_IN_WORDS})"
 )
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals|\\to)[\s*$\\]*\Z", re.I)
-_SENTENCE = re.compile(r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)")  # headings left out
+_SENTENCE = re.compile(
+    r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)"
+)  # headings of two words left out
 _WORKED = re.compile(
     rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z|\d\s?[,:]\s*\Z", re.I
 )  # 60 km / 30 =; 12, 24, 36; 2:3 = 12:18
 _OR = re.compile(r"\bor\b", re.I)
-_EITHER = re.compile(r"\b(?:answer|result)\b (?:is|could be|may be|might be)\b[^.\n]{0,99}\bor\b[^.\n]{0,99}", re.I)
+_CLAUSE_REST = r"(?:[^.\n]|\.(?=\d)){0,99}"
+_EITHER = re.compile(
+    rf"\b(?:answer|result)\b (?:is|could be|may be|might be)\b({_CLAUSE_REST}\bor\b{_CLAUSE_REST})", re.I
+)
 _UNSURE = re.compile(
     rf"(?i)\b(?:(?:could|might|may) also be(?=\W{{0,9}}(?:[\d\\]|{_IN_WORDS}))|or (?:maybe|perhaps|possibly)"
     r"|(?:i|we)(?:['’]m| am|['’]re| are) not (?:sure|certain))\b"
 )
-_MAYBE = re.compile(r"\W*(?:or|maybe|perhaps|possibly)\b([^.\n]*)", re.I)  # right behind the box
+_MAYBE = re.compile(rf"\W*(?:or|maybe|perhaps|possibly)\b({_CLAUSE_REST})", re.I)  # right behind the box
 
 
 def _grams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -1748,7 +1782,7 @@ def _ramp(value: float, zero: float, one: float) -> float:
 
 def _repetition(text: str) -> float:
     """The worst of: repeated sentences, few distinct 4-grams of words, compressibility. Short texts score 0."""
-    parts = [p for p in (p.strip() for p in re.split(r"[.;]\s|\n", text)) if p]
+    parts = [p.strip() for p in re.split(r"[.;]\s|\n", text) if re.search(r"\w", p)]  # not the \[ of a display
     score = _ramp(1 - len(set(parts)) / len(parts), 0.2, 0.6) if len(parts) >= 5 else 0.0
     if len(grams := _grams(text, 4)) >= 40:
         score = max(score, _ramp(len(set(grams)) / len(grams), 0.7, 0.3))
@@ -1759,7 +1793,7 @@ def _repetition(text: str) -> float:
 
 def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     """Whether the answer stands there before it is reached: in a box or behind "answer is" in the first quarter (of
-    what is not itself the answer); as all that the first sentence works out; or as a number of its own before the first
+    what is not itself the answer); as the one number of the first sentence; or as a number of its own before the first
     calculation, in other words than "20 because 60/3 = 20", and though neither the problem nor the expert has this
     number on the way."""
     stated, found = _STATED.search(rewrite), answer_boxes(rewrite)
@@ -1775,10 +1809,12 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     known |= {number for start, number in _numbers(_unannotated(expert)) if start < reached}
     if value is None or value in known:
         return False
-    if first and not re.search(rf"\||{_SIGN}", first[1]) and [number for _, number in _numbers(first[1])] == [value]:
+    small = value in range(-12, 13)  # may count anything: only "She has 7", "The result is 7", or 7 alone on a line
+    told = first[1] if first else ""
+    counts = small and (len(told.split()) > 6 or not re.search(r"\d", told) or re.search("(?i)step", told))
+    if not counts and not re.search(rf"\||{_SIGN}", told) and [number for _, number in _numbers(told)] == [value]:
         return True
     begun = claims[0].position if claims else 0
-    small = value in range(-12, 13)  # may count anything: only "The result is 7", or 7 alone on a line
     front = [start for start, number in _free_numbers(rewrite) if number == value and start < begun]
     for start in front[:9]:
         sentence = re.search(r"[.!?:;]\s|\n|\Z", rewrite[start:]).start() + start
@@ -1801,6 +1837,18 @@ def _mentions_source(problem: str, expert: str, rewrite: str) -> float:
     return float(any(phrase not in known for phrase in found))
 
 
+def _apart(told: list[str]) -> bool:
+    """Whether texts tell different numbers: 12 and "perhaps 14"; not 3/4, 0.75 and 75%, nor 120 minutes and 2 hours."""
+    first, *others = (_read(text.strip(" \n,.;:()$*")) for text in told)
+    start = {first.value} if first.value is not None else {v for _, v in _numbers(first.whole)}
+    known = {n * Fraction(factor) for n in start for factor in (1, 100, Fraction(1, 100))}
+    for other in others:
+        worth = {other.value} if other.value is not None else {v for _, v in _numbers(other.whole)}
+        if worth - known and not (first.units and other.units and _units_differ(first.units, other.units)):
+            return True
+    return len(start) > 1
+
+
 def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[str, float]:
     plain, model = spelled(rewrite), spelled(expert)
     found, claims = answer_boxes(plain), statements(plain)
@@ -1813,14 +1861,14 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
     shown = shown or re.search(r"\d\s?[a-z]\s?(?:[-+][\d\s]*)?=", reasoning)
     skipped = not shown and statements(model) and fidelity(model, reasoning) < 0.7
     values = {read.text if read.value is None else read.value for read in map(_read, inside)}
-    hedged = len(values) > 1 or _UNSURE.search(plain) or (any(map(_OR.search, inside)) and not _OR.search(answer))
-    hedged = hedged or any(len({v for _, v in _numbers(m[0])}) > 1 for m in _EITHER.finditer(plain))
-    if maybe := _MAYBE.match(behind):  # another number, not the same one in words
-        hedged = hedged or {v for _, v in _numbers(maybe[1])} - values
+    hedged = len(values) > 1 or _UNSURE.search(plain)
     if _read(answer).value is not None:  # several, where one is asked for
         hedged = hedged or any(
-            len(_pieces(_read(c).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", c) for c in inside
+            len(_pieces(_read(c).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", c) or _OR.search(c) for c in inside
         )
+        hedged = hedged or any(_apart(_OR.split(m[1])) for m in _EITHER.finditer(plain))
+        maybe = _MAYBE.match(behind)
+        hedged = hedged or (maybe and _apart([*inside, maybe[1]]))
     return {
         "early_answer": float(_early(problem, model, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or bool(skipped)),
@@ -1943,12 +1991,13 @@ def _code_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Kinds. The one place that knows what a row's `kind` changes.
 
+_FACTORS = (1, 7, 12, 24, 60, 100, 1000)  # of units: "= 240 minutes, or 4 hours"
 _CHECK = re.compile(r"\b(?:check|verif|to confirm)", re.I)
 
 
 def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
-    """Whether the last statement before the box arrives at what the box holds, exactly, rounded, as per cent, as
-    dollars of cents, or with the boxed number in its place (a check: 2*7+6 = 20, so 7).
+    """Whether the last statement before the box arrives at what the box holds, exactly, rounded, in other units (one of
+    `_FACTORS`), as its square, or with the boxed number in its place (a check: 2*7+6 = 20, so 7).
 
     Comparable are a number in the box and a statement with neither another number nor an equation between it and the
     box: what is only told ("240/60 = 4 hours. In total that is 80. \\boxed{80}") is not reached. The text is in one
@@ -1958,12 +2007,15 @@ def _agrees(rewrite: str, start: int, end: int, content: str) -> bool:
     if boxed is None or not before:
         return True
     left, right, position, _, equals, last = before[-1]
-    near = {left, right, 100 * right, Fraction(right, 100), math.floor(left), math.ceil(left)}
+    factors = (*_FACTORS, 2) if re.search("half|double|twice", rewrite[last:start]) else _FACTORS
+    near = {left, math.floor(left), math.ceil(left), *(n for f in factors for n in (f * right, Fraction(right, f)))}
     near |= {value for place, value in _numbers(rewrite) if position <= place < equals}
     if check := _CHECK.search(rewrite):  # reached before it
         near |= {s.right for s in before if s.position < check.start()}
     between = _tokens(rewrite[last:start])
-    return boxed in near or any(t.value not in (None, boxed) or t.text == "=" for t in between)
+    return (
+        boxed in near or boxed * boxed == right or any(t.value not in (None, boxed) or t.text == "=" for t in between)
+    )
 
 
 def _consistent(expert: str, rewrite: str) -> tuple[float, bool]:

@@ -222,6 +222,14 @@ The chance is 5 out of 12. ||| \frac{5}{12}
 \boxed{\text{either } 4 \text{ or } -4} ||| \pm 4
 It is fourteen (14). The answer is fourteen (14). ||| 14
 Either way, she keeps 12 pens. ||| 12
+\boxed{20\text{ Hz}} ||| 20
+\boxed{4\text{ GB}} ||| 4
+\boxed{A} ||| \textbf{(A) } 5
+\boxed{\text{(A)}} ||| \textbf{(A) } 5
+\boxed{5} ||| \textbf{(A) } 5
+\boxed{\textbf{(A)}\ 5} ||| \textbf{(A) } 5
+\boxed{0.5} ||| \textbf{(D)}\ \frac{1}{2}
+\boxed{x < 2 \text{ or } x > 3} ||| (-\infty,2)\cup(3,\infty)
 \boxed{\begin{cases}2t, & t \ge 1, \\ 0, & t<1.\end{cases}} ||| \begin{cases}2t & \text{if } t\geq 1\\0&t<1\end{cases}
 \boxed{(2\,5\,3)} ||| (2 5 3)
 \boxed{45} ||| 45^\circ
@@ -308,6 +316,10 @@ The answer is 4 if $k$ is even and 9 if $k$ is odd. ||| 4
 \boxed{(2\,3\,5)} ||| (2\,5\,3)
 \boxed{\frac{3-4i}{7}} ||| \frac37+\frac47 i
 \boxed{fourteen (15)} ||| 14
+\boxed{4\text{ MB}} ||| 4\text{ GB}
+\boxed{B} ||| \textbf{(A) } 5
+\boxed{\textbf{(B) } 5} ||| \textbf{(A) } 5
+\boxed{6} ||| \textbf{(A) } 5
 """
 
 
@@ -397,6 +409,23 @@ DISHONEST = [  # rewrite, the one hard cheat in it; "..." stands for STEPS
     (r"\sqrt{50} = 7\sqrt{2}. ...", "false_arithmetic"),
     ("10^30 + 1 = 10^30. ...", "false_arithmetic"),
     ("Your solution finds 24 first. ...", "mentions_source"),
+    ("60 mph × 5 hours = 310 miles. ...", "false_arithmetic"),
+    ("3 gallons/day * 7 days = 22 gallons. ...", "false_arithmetic"),
+    ("180 miles / 3 hours = 61 mph. ...", "false_arithmetic"),
+    ("12 inches/foot × 5 feet = 61 inches. ...", "false_arithmetic"),
+    ("3 boxes * 8 pens is 25 pens. ...", "false_arithmetic"),
+    ("16 eggs minus 3 is 14 eggs. ...", "false_arithmetic"),
+    ("two boxes * 3 pens = 7 pens. ...", "false_arithmetic"),
+    (r"\left(\frac{1}{2}\right)\left(\frac{1}{3}\right) = \frac{1}{5}. ...", "false_arithmetic"),
+    ("(2)(3)(4) = 25. ...", "false_arithmetic"),
+    (r"2(7)+6 = 21 \checkmark. ...", "false_arithmetic"),
+    ("2*7+6 = 21 — so it is. ...", "false_arithmetic"),
+    (r"5+3 = 9 \Longrightarrow 24-5=19. ...", "false_arithmetic"),
+    ("`5 + 3 = 9`. ...", "false_arithmetic"),
+    ("The text above multiplies. ...", "mentions_source"),
+    ("As the answer states, we multiply. ...", "mentions_source"),
+    (r"3*8=24, 24-5=19. \boxed{19} or 19.5", "hedged"),
+    (r"3*8=24, 24-5=19. The answer is 19.0 or 19.5. \boxed{19}", "hedged"),
     ("\\begin{align*} x &= 3 \\times 8 \\\\ &= 26 \\end{align*} 24-5=19. \\boxed{19}", "false_arithmetic"),
 ]
 HONEST = [
@@ -498,7 +527,49 @@ HONEST = [
     r"3*8=24. Then 24-5=19, which leads to the solution x = 19. \boxed{19}",
     "This is a version of the distributive law. ...",
     "This could also be written as 20 - 1. ...",
+    "180 miles ÷ 60 mph = 3 hours. ...",
+    "30 min × 4 = 2 hours. ...",
+    "500 g × 4 = 2 kg. ...",
+    "Half of the 10 apples plus 3 is 8. ...",
+    "When the bus is 3/4 full is 1500*$20 = $30000. ...",
+    "We have 6 × 4 = 24 and 1/3 × 24 = 8. ...",
+    "$50 - 20% = $40. ...",
+    "$50 + 8% tax = $54. ...",
+    "30 divided by 1/2 is 60. ...",
+    "By the above reasoning, we subtract. ...",
+    "This is 80% of the original. ...",
+    "The reference triangle has 3 sides. ...",
+    r"3*8=24, 24-5=19. \boxed{19} (or 1900%)",
+    r"3*8=24, 24-5=19. The answer is 19 pens, or 19.0. \boxed{19}",
 ]
+
+
+@pytest.mark.parametrize(
+    "answer, rewrite",
+    [
+        ("2,3", r"(x-2)(x-3)=0, as 2*3=6 and 2+3=5. So the answer is x = 2 or x = 3. \boxed{x = 2 \text{ or } x = 3}"),
+        ("C", r"3*8=24. \boxed{(C) \text{ Red or blue}}"),
+        ("3/4", r"3 \div 4 = \frac{3}{4}. The answer is 3/4 or 0.75. \boxed{\frac{3}{4}} or 0.75."),
+        (
+            "120",
+            r"60 an hour: 60*2=120. The answer is 120 minutes, or 2 hours. \boxed{120 \text{ minutes}} (or 2 hours)",
+        ),
+        ("2", r"We solve this in two steps. 6/3 = 2. \boxed{2}"),
+        ("3", "To find it we follow these 3 steps:\n1. 6/2 = 3. \\boxed{3}"),
+        ("1", "### Step 1: Move the variables\n3-2=1. \\boxed{1}"),
+        ("1", r"We want to have the letters on 1 side of the equation alone. 3-2=1. \boxed{1}"),
+    ],
+)
+def test_several_values_other_spellings_and_what_is_only_counted(answer, rewrite):
+    parts = reward.cheats("What is it?", r"We work it out. \boxed{?}", rewrite, answer)
+    assert [name for name in reward.HARD if parts[name]] == []
+    for told in (r"She keeps 2 pens. 6/3 = 2. \boxed{2}", r"The result is two. 6/3 = 2. \boxed{2}"):
+        assert reward.cheats("What is it?", r"\boxed{?}", told, "2")["early_answer"]
+
+
+def test_displays_are_no_repetition():
+    steps = [f"Next we add {n} to it, {word}:\n\\[\n{n} + {n} = {2 * n}\n\\]\n" for n, word in enumerate("abcdef")]
+    assert reward.cheats(PROBLEM, EXPERT, "\n".join(steps), "19")["repetition"] == 0
 
 
 def judged(rewrite):

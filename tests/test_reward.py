@@ -279,6 +279,13 @@ def test_the_work_grows_with_the_text_and_not_with_its_square(piece):
     assert seconds(80_000) < 10 * seconds(20_000) + 0.2  # linear work: 4 times; quadratic: 16 times
 
 
+def test_fidelity_to_an_expert_without_a_calculation():
+    """All its numbers are wanted, and may be operands in the rewrite."""
+    expert = r"Dividing 84 by 4 gives 21 pens in each box, and multiplying by 3 gives \boxed{63}."
+    assert reward.fidelity(expert, r"Each box holds 84/4 = 21 pens, so three hold 21*3 = 63. \boxed{63}") == 1
+    assert reward.fidelity(expert, r"84/4 = 21. \boxed{63}") == 0.8
+
+
 def test_numbers_have_their_sign():
     assert reward.fidelity("It is 8.", "11-8 eggs") == 1.0
     assert reward.fidelity("It is 8.", "it is -8, or minus 8") == 0.0
@@ -416,6 +423,11 @@ def test_soft_cheats():
         (r"15+3=18. In total that is 7. \boxed{7}", True, True, 0.0, 0),  # told, and never reached
         (r"15+3=18. Half of 14 are 7. \boxed{7}", True, True, 0.0, 1),
         (r"350*2=700 cents, so \$7. \boxed{7}", True, True, 0.0, 1),
+        (r"210*2=420 minutes, or 7 hours. \boxed{7}", True, True, 0.0, 1),  # other units
+        (r"42*2=84 inches, that is 7 feet. \boxed{7}", True, True, 0.0, 1),
+        (r"10+4=14, and half of that is \boxed{7}", True, True, 0.0, 1),
+        (r"10+4=14, so it is \boxed{7}", True, True, 0.0, 0),
+        (r"24+25=49, so the side is \boxed{7}", True, True, 0.0, 1),
         (r"18-11=7. \boxed{7}", True, True, 0.5, 1),
         (r"18-11=7. \boxed{7}", True, True, 0.6, 0),
     ],
