@@ -193,6 +193,7 @@ def name_models(models: list[str]) -> dict[str, str]:
         name, equals, path = model.partition("=")
         if not equals or "/" in name:
             name, path = Path(os.path.abspath(model)).name, model
+        check(name and path, f"--models {model}: write NAME=FOLDER")
         check(name not in named, f"--models {model}: '{name}' is taken by {named.get(name)}; write NAME={path}")
         named[name] = path
     return named
@@ -587,6 +588,7 @@ def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dic
 def open_part(folder: Path, stem: str):
     """This rank's part, to append lines to, without the half line that a kill may have left at its end."""
     path = folder / f"{stem}.rank{os.environ['RANK']}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)  # where nodes do not share a disk, so that `merge_parts` can say so
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return open(path, "a", encoding="utf-8", buffering=1)  # line by line
@@ -807,7 +809,6 @@ def main():
     engine = None
     for name, path in models.items():
         folder = output / name
-        folder.mkdir(exist_ok=True)
         if work[name]:
             # --- 3. the first model starts the engine, the others take their place in it ---
             if engine is None:
@@ -822,7 +823,8 @@ def main():
 
         # --- 5. merge and summarize ---
         if rank == 0:
-            head = {"model": os.path.abspath(path), "weights": stamps[name], "left_out": left_out[name]}
+            model = os.path.abspath(path) if Path(path).is_dir() else path  # a name on the hub stays one
+            head = {"model": model, "weights": stamps[name], "left_out": left_out[name]}
             finish_model(folder, suites, head, output / "metrics.jsonl")
     if rank == 0:
         own = {k: v for name in models for k, v in load_evaluations(str(output / name), asked).items()}

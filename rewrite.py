@@ -598,6 +598,7 @@ def read_parts(folder: Path, stem: str, inputs: list[dict] | None = None) -> dic
 def open_part(folder: Path, stem: str):
     """This rank's part, to append lines to, without the half line that a kill may have left at its end."""
     path = folder / f"{stem}.rank{os.environ['RANK']}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)  # where nodes do not share a disk, so that `merge_parts` can say so
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return open(path, "a", encoding="utf-8", buffering=1)  # line by line

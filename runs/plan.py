@@ -220,7 +220,7 @@ def read_files(c, m: Config, written: dict) -> SimpleNamespace:
 
     def rows(path: str, otherwise: int) -> int:
         if Path(path).is_file():
-            return sum(1 for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip())
+            return sum(bool(line.strip()) for line in Path(path).read_bytes().split(b"\n"))
         check(otherwise, f"{path} is not there yet: give --rows, the number of rows that it will have")
         print(f"    {path} is not there yet: taken to have {otherwise} rows")
         return otherwise
@@ -260,6 +260,8 @@ def main():
     m = parse_config(Config, {"(0, inf)": "gpus nodes tflops mfu decode_tokens_per_second"})
     visible = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
     m.cpu = m.cpu or not (visible or m.gpu_gib)
+    enough = m.cpu or m.gpu_gib or m.gpus <= len(visible)
+    check(enough, f"there are {len(visible)} GPUs here, not {m.gpus}: lower --gpus (in a recipe MACHINE=NODESxGPUS)")
     if not m.gpu_gib:
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
         m.gpu_gib = (free / m.gpus if m.cpu else min(visible)) / GIB

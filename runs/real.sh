@@ -8,8 +8,8 @@
 #   MODEL=FOLDER BENCHMARKS="data/gsm8k_test.jsonl data/humaneval.jsonl" bash runs/real.sh    # and what is forgotten
 #   MODEL=FOLDER DEMONSTRATIONS=512 STEPS=128 bash runs/real.sh             # longer
 #
-# It can be stopped and started again. A stage's seconds are in OUT/STAGE/seconds, its tokens in metrics.jsonl; the page
-# of figures is OUT/report.html. On a CPU one process has all cores: two would hold engine, target and head twice.
+# It can be stopped and started again. A stage's seconds (of its last attempt) are in OUT/STAGE/seconds, its tokens in
+# metrics.jsonl; the page of figures is OUT/report.html. On a CPU one process has all cores: two would hold engine, target and head twice.
 set -euo pipefail
 export PYTHONWARNINGS=ignore OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 MODEL="${MODEL:?a folder with a pretrained model that follows instructions, or its name on the hub}"
@@ -32,7 +32,7 @@ STEPS="${STEPS:-$steps}"                     # of the mapper, with 8 rewrites ea
 LR="${LR:-5e-6}"                             # of the mapper
 PLAN_FLAGS+=(--prompt_tokens 110 --response_tokens 180)
 
-BASE="$MODEL" DEMOS="$OUT/demos.jsonl"
+BASE="$MODEL" DEMOS="$OUT/$(basename "$TRAIN" .jsonl)-$ROWS.jsonl"
 LENGTHS=(--max_tokens 400 --max_model_len 1024)
 MAPPER=(--groups "$groups" --group_size 8 --lr "$LR" --warmup_steps 2 --gradient_checkpointing True
     --micro_batch_tokens "$tokens" --save_every "$save" "${LENGTHS[@]}")

@@ -58,14 +58,17 @@ class Stage:
         return [x for x, _ in points], [y for _, y in points]
 
     def seconds(self) -> float:
-        """Wall-clock seconds: as the run script kept them, else what the stage itself logged (start-up left out)."""
-        if (self.folder / "seconds").exists():
-            return float((self.folder / "seconds").read_text())
+        """Wall-clock seconds: what the run script kept, which are those of the last attempt, or, if that is more, what
+        the stage itself logged of all of them (start-up left out)."""
+        kept = self.folder / "seconds"
         if self.script == "mapper_rl":
-            return self.rows[-1]["elapsed"] if self.rows else 0.0
-        if self.script == "sft":
-            return sum(row["seconds"] for row in self.rows)
-        return sum(value for name, value in self.rows[-1].items() if name.startswith("seconds/")) if self.rows else 0.0
+            logged = self.rows[-1]["elapsed"] if self.rows else 0.0
+        elif self.script == "sft":
+            logged = sum(row["seconds"] for row in self.rows)
+        else:
+            last = self.rows[-1] if self.rows else {}
+            logged = sum(value for name, value in last.items() if name.startswith("seconds/"))
+        return max(logged, float(kept.read_text()) if kept.exists() else 0.0)
 
 
 def find_stages(runs: list[Path]) -> list[Stage]:
@@ -127,6 +130,10 @@ def scores(stages: list[Stage]) -> list[dict]:
                 one["seconds"] += row["elapsed"] - history[0].rows[-1]["elapsed"]
                 one["tokens"] += row["generated_tokens"] - history[0].rows[-1]["generated_tokens"]
             found.append(one)
+    benchmarks = {name for one in found for name in one["benchmarks"]}
+    for one in found:
+        if one["benchmarks"].keys() != benchmarks:
+            one["average"] = None  # means over other benchmarks are not compared
     longs: dict[str, list[str]] = {}
     for one in found:
         longs.setdefault(one["name"], []).append(one["long"])
@@ -214,8 +221,9 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
     for axis, key in (("seconds", "seconds"), ("generated tokens", "tokens")):
         lines = []
         for solver in dict.fromkeys(one["solve"] for one in found):
-            points = [(o[key], 100 * o["average"]["avg@n"]["value"], o["line"]) for o in found if o["solve"] == solver]
-            if solver is None:
+            some = [one for one in found if one["solve"] == solver and one["average"]]
+            points = [(one[key], 100 * one["average"]["avg@n"]["value"], one["line"]) for one in some]
+            if solver is None or not points:
                 lines += [(line, [x], [y]) for x, y, line in points]
             else:
                 lines.append((f"{solver.line} (direct RL)", *map(list, zip(*[(x, y) for x, y, _ in sorted(points)]))))
@@ -313,29 +321,37 @@ def own_answers(base: str, found: list[dict]) -> list[tuple[str, str, str]]:
 
 
 def gone(model: str) -> bool:
-    """Whether a folder was removed; a name on the hub has no folder here."""
-    return Path(model).parent.is_dir() and not Path(model).is_dir()
+    """Whether a folder was removed; a name on the hub (OWNER/NAME) has no folder here."""
+    folder = Path(model)
+    return not folder.is_dir() and (folder.parent.is_dir() or len(folder.parts) != 2)
 
 
-def measure_own(found: list[dict], device) -> None:
-    """one["own"]: mean over `own_answers` of the mean log-probability of their tokens under the evaluated model."""
+def measure_own(found: list[dict], device) -> list[str]:
+    """one["own"]: mean over `own_answers` of the mean log-probability of their tokens under the evaluated model.
+    Returns what is missing: models that are not here any more."""
+    missing = []
     for base in dict.fromkeys(one["base"] for one in found):
         answers = own_answers(base, found)
         for one in found if answers else ():
             exported = Path(one["model"]).name.startswith("model-")  # points of a curve, one of each would take long
-            if one["base"] == base and not exported and not gone(one["model"]):
+            if one["base"] != base or exported:
+                continue
+            if gone(one["model"]):
+                missing.append(f"what {one['name']} has left of its base: {one['model']} is not here")
+            else:
                 tokenizer, model = reward.load_tokenizer(one["model"]), load_model(one["model"], device, train=False)
                 rows = [reward.text_ids(tokenizer, *answer) for answer in answers]
                 one["own"] = float(np.mean([logprobs.mean().item() for logprobs in score(model, rows, 8192, device)]))
+    return missing
 
 
 def look(stages: list[Stage], found: list[dict]) -> tuple[dict[str, float], list[dict], list[str]]:
     """Asks every mapper's target: ({target: its own level}, problems with tokens as (text, logp), what is missing)."""
     import torch
 
-    shown, missing = [], []
+    shown: list[dict] = []
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    measure_own(found, device)
+    missing = measure_own(found, device)
     own = {Path(one["model"]).resolve(): one["own"] for one in found if one["own"] is not None}
     targets = dict.fromkeys(s.config["target"] for s in stages if s.script == "mapper_rl" and s.config["task"] == "map")
     levels = {target: own[Path(target).resolve()] for target in targets if Path(target).resolve() in own}
@@ -390,7 +406,8 @@ def arms(found: list[dict]) -> list[list[str]]:
     benchmarks = list(dict.fromkeys(name for one in found for name in one["benchmarks"]))
     rows = [["model", *benchmarks, "average", "base's own", "seconds", "generated tokens"]]
     for one in found:
-        cells = [one["benchmarks"].get(name, {}).get("avg@n") for name in benchmarks] + [one["average"]["avg@n"]]
+        cells = [one["benchmarks"].get(name, {}).get("avg@n") for name in benchmarks]
+        cells.append(one["average"] and one["average"]["avg@n"])
         told = [f"{100 * c['value']:.1f} ± {50 * (c['high'] - c['low']):.1f}" if c else "-" for c in cells]
         own = "-" if one["own"] is None else f"{one['own']:.2f}"
         rows.append([one["name"], *told, own, f"{one['seconds']:,.0f}", f"{one['tokens']:,}"])

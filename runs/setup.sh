@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -f .venv/complete ]; then exit 0; fi
+exec 9>>runs/setup.sh && flock 9 # two nodes with one checkout: one installs, the other waits
+if [ -f .venv/complete ]; then exit 0; fi
 echo "installing into .venv (a few minutes, once) ..."
 "${PYTHON:-python3}" -m venv --clear .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }

@@ -10,7 +10,10 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that spin at barriers crawl where cores are shared
 GPUS=$(nvidia-smi -L 2>/dev/null | wc -l) || GPUS=0
 if [ "$GPUS" = 0 ]; then MACHINE="${MACHINE:-1x2}"; else MACHINE="${MACHINE:-1x$GPUS}"; fi
-NODES="${MACHINE%x*}" PROCESSES="${MACHINE#*x}"
+if ! [[ "$MACHINE" =~ ^[1-9][0-9]*x[1-9][0-9]*$ ]]; then
+    echo "MACHINE must be NODESxPROCESSES, as in 1x8, got $MACHINE" && exit 2
+fi
+NODES="${MACHINE%x*}" PROCESSES="${MACHINE#*x}" PORT="${PORT:-29500}"
 LAUNCH=(--standalone --nproc-per-node="$PROCESSES")
 if [ "$NODES" -gt 1 ]; then
     if [ -z "${PLAN:-}" ]; then
@@ -18,14 +21,18 @@ if [ "$NODES" -gt 1 ]; then
         : "${NODE_RANK:?with several nodes, set NODE_RANK to 0 on HOST, to 1 on the next one, ...}"
     fi
     LAUNCH=(--nnodes="$NODES" --node-rank="${NODE_RANK:-R}" --nproc-per-node="$PROCESSES")
-    LAUNCH+=(--rdzv-backend=c10d --rdzv-endpoint="${HOST:-HOST}:${PORT:-29500}")
+    LAUNCH+=(--rdzv-backend=c10d)
 fi
 
 # stage NAME SCRIPT FLAGS...: runs it with --output_dir OUT/NAME once; the first node keeps its wall-clock seconds.
 stage() {
-    local folder="$OUT/$1" started=$SECONDS made_by
+    local folder="$OUT/$1" started=$SECONDS made_by launch=("${LAUNCH[@]}")
     shift
-    if [ -n "${PLANNING:-}" ]; then echo "torchrun ${LAUNCH[*]} $* --output_dir $folder" && return; fi
+    # a port a stage: that of the stage before may still have its last listener
+    if [ "$NODES" -gt 1 ]; then launch+=(--rdzv-endpoint="${HOST:-HOST}:$((PORT++))"); fi
+    if [ -n "${PLANNING:-}" ]; then
+        echo "torchrun ${launch[*]}$(printf ' %q' "$@" --output_dir "$folder")" && return
+    fi
     made_by="$*"$'\n'"$(sed -n '/^class Config/,/^    def /s/^    \([a-z_0-9]*: [^#]*\).*/\1/p' "$1")"
     if [ -f "$folder/seconds" ]; then
         [ "$(cat "$folder/made_by")" = "$made_by" ] && return
@@ -34,7 +41,7 @@ stage() {
         echo "choose another OUT, or remove the folder and what was made from it" && exit 1
     fi
     echo "--- $folder"
-    .venv/bin/torchrun "${LAUNCH[@]}" "$@" --output_dir "$folder"
+    .venv/bin/torchrun "${launch[@]}" "$@" --output_dir "$folder"
     if [ "${NODE_RANK:-0}" = 0 ]; then
         echo "$made_by" >"$folder/made_by"
         echo $((SECONDS - started)) >"$folder/seconds"
@@ -46,6 +53,7 @@ data() {
     if [ "${NODE_RANK:-0}" = 0 ] && [ ! -f "$1" ]; then
         .venv/bin/python runs/prepare.py "$(basename "$1" .jsonl)" --out "$1" "${@:2}"
     fi
+    if [ ! -f "$1" ]; then echo "waiting for $1, which the first node makes"; fi
     until [ -f "$1" ]; do sleep 5; done
 }
 # rows FILE: number of rows of a data set that is there, else ROWS. Ask after `data`: a second start must count the same.
@@ -65,7 +73,7 @@ recipe() {
 world() {
     (
         export CUDA_VISIBLE_DEVICES=
-        OUT=out/world LAUNCH=(--standalone --nproc-per-node=2)
+        OUT=out/world NODES=1 LAUNCH=(--standalone --nproc-per-node=2)
         stage "seed$1" runs/toy_world.py --seed "$1"
     )
 }

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,24 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
-def world(tiny_model, tmp_path_factory) -> dict[str, str]:
-    """The variables at the top of a recipe: a small model that may read 4,096 tokens, demonstrations, benchmarks."""
+def world(tiny_model, tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The variables at the top of a recipe: a small model that may read 4,096 tokens, demonstrations, benchmarks. The
+    model stands in the hub's cache too, as tiny/sums."""
     folder = tmp_path_factory.mktemp("recipes")
     shutil.copytree(tiny_model, folder / "model")
     config = json.loads((folder / "model/config.json").read_text())
     (folder / "model/config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    cache = folder / "hub/models--tiny--sums"
+    shutil.copytree(folder / "model", cache / "snapshots" / ("0" * 40))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("0" * 40)
     rows = sum_demonstrations(24)
     for name, part in (("demos", rows), ("one", rows[:4]), ("two", rows[4:8])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     benchmarks = f"{folder}/one.jsonl {folder}/two.jsonl"
-    return {"MODEL": f"{folder}/model", "TRAIN": f"{folder}/demos.jsonl", "BENCHMARKS": benchmarks}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", f"{folder}/hub")
+        yield {"MODEL": f"{folder}/model", "TRAIN": f"{folder}/demos.jsonl", "BENCHMARKS": benchmarks}
 
 
 def start(recipe: str, variables: dict[str, str]) -> subprocess.Popen:
@@ -40,6 +48,11 @@ def start(recipe: str, variables: dict[str, str]) -> subprocess.Popen:
     env |= {"OMP_NUM_THREADS": "1", **variables}
     command = ["bash", str(ROOT / "runs" / recipe)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) != 0
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -69,15 +82,22 @@ def screenshot(page, scheme: str):
 
 @pytest.fixture(scope="module")
 def two_nodes(world, tmp_path_factory):
-    """The output folder of DART, SFT and direct RL, all four stages across two nodes."""
+    """The output folder of DART, SFT and direct RL, all four stages across two nodes, of a model by its name."""
     out = tmp_path_factory.mktemp("two_nodes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = world | {"OUT": str(out), "MACHINE": "2x1", "HOST": "localhost", "PORT": port, "PLAN_GIB": "8"}
+    port = str(next(first for first in range(20000, 30000, 10) if all(map(is_free, range(first, first + 6)))))
+    shared = world | {
+        "MODEL": "tiny/sums",
+        "OUT": str(out),
+        "MACHINE": "2x1",
+        "HOST": "localhost",
+        "PORT": port,
+        "PLAN_GIB": "8",
+    }
     nodes = [start("qwen3_gsm8k.sh", shared | {"NODE_RANK": str(rank)}) for rank in range(2)]
     for told in map(finish, nodes):
         assert told.count("\n--- ") == 6
+    plan = [int(port) for port in re.findall(r"^torchrun .*localhost:(\d+)", told, flags=re.MULTILINE)]
+    assert plan == list(range(int(port), int(port) + 6))
     return out
 
 
@@ -117,7 +137,7 @@ def test_real_model_on_a_cpu(world, tmp_path):
     told = finish(start("real.sh", world | few))
     assert len(re.findall("^GiB of a (?:process|GPU)", told, flags=re.MULTILINE)) == 7
     assert len(re.findall("^--- ", told, flags=re.MULTILINE)) == 7
-    files = [tmp_path / "demos.jsonl", *map(Path, world["BENCHMARKS"].split())]
+    files = [tmp_path / "demos-8.jsonl", *map(Path, world["BENCHMARKS"].split())]
     demos, *asked = ([json.loads(line)["problem"] for line in path.read_text().splitlines()] for path in files)
     assert len(demos) == 8 and not set(demos) & set(sum(asked, []))
     for model in ("base", "expert", "untrained", "trained"):
@@ -127,6 +147,15 @@ def test_real_model_on_a_cpu(world, tmp_path):
         assert json.loads((tmp_path / arm / "rewrite/config.json").read_text())["config"]["method"] == "dart"
     assert "Missing" not in (tmp_path / "report.md").read_text()
     assert finish(start("real.sh", world | few)).count("\n--- ") == 0  # started again, all is done
+    more = start("real.sh", world | few | {"DEMONSTRATIONS": "9"})
+    assert "demos-9.jsonl" in more.communicate(timeout=900)[0] and more.returncode == 1
+
+
+@pytest.mark.parametrize("machine", ["8", "1x", "0x2", "x4"])
+def test_machine_must_be_nodes_and_processes(world, machine):
+    started = start("real.sh", world | {"MACHINE": machine, "OUT": "/nowhere"})
+    assert f"MACHINE must be NODESxPROCESSES, as in 1x8, got {machine}" in started.communicate(timeout=60)[0]
+    assert started.returncode == 2
 
 
 def report(*arguments) -> tuple[int, str]:
@@ -136,7 +165,8 @@ def report(*arguments) -> tuple[int, str]:
 
 
 def test_page_of_what_there_is(two_nodes, tmp_path):
-    """A run without its evaluation and rewrites, whose mapper's data is gone: the rest is shown, these are named."""
+    """A run without its evaluation and rewrites, whose mapper's data is gone: the rest is shown, these are named. So is
+    a model that is not here any more; where a model was not asked all benchmarks, its average stands in no column."""
     for stage in ("sft", "dart/mapper"):
         shutil.copytree(two_nodes / stage, tmp_path / "run" / stage, ignore=shutil.ignore_patterns("model*"))
     path = tmp_path / "run/dart/mapper/config.json"
@@ -149,6 +179,17 @@ def test_page_of_what_there_is(two_nodes, tmp_path):
         assert "an evaluation (evaluate.py); rewrites (rewrite.py); texts of dart/mapper: " in missing
         assert "gone.jsonl is not here" in missing and "fine-tuning" not in missing
         assert "What the mapper learns" in page and "Fine-tuning" in page and "Direct RL" not in page
+
+    shutil.copytree(two_nodes / "eval", tmp_path / "eval")
+    path = tmp_path / "eval/sft/summary.json"
+    told = json.loads(path.read_text())
+    del told["benchmarks"]["two"]
+    path.write_text(json.dumps(told | {"model": str(tmp_path / "gone/sft/model")}))
+    assert report(tmp_path / "eval")[0] == 0
+    told = (tmp_path / "eval/report.md").read_text()
+    assert f"what sft has left of its base: {tmp_path}/gone/sft/model is not here" in told
+    row = lambda name: next(line for line in told.splitlines() if line.startswith(f"| {name} |")).split(" | ")  # noqa: E731
+    assert row("sft")[2:4] == ["-", "-"] and "-" not in row("dart")[1:4]
 
     (tmp_path / "empty").mkdir()
     code, told = report(tmp_path / "empty")
