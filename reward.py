@@ -329,7 +329,8 @@ _IN_WORDS = rf"{_BELOW_100}(?:\s(?:{_SCALE})(?!\w)(?:,?\s(?:and\s)?{_BELOW_100})
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+|\.(?=[*/]))?|\.[0-9]+)"
 _PATTERNS = dict(  # of tokens, by name; the first that matches counts
     skip=r"[^\S\n]+|times(?=\s(?:\\times|[*x])\s)|\\?\$|&|\\(?:boxed|fbox)(?![a-z])",
-    stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|\\(?:to|(?:Long)?rightarrow|iff|implies|checkmark|therefore)(?![a-z])|=>|[—✓✔∴•“”]",
+    stop=r"\n|\\\\|[;?]|[.:](?![0-9.])|(?<=[A-Za-z]):|,(?![0-9]{3})|=>|[—✓✔∴•“”]"
+    r"|\\(?:to|(?:Long)?rightarrow|iff|implies|checkmark|therefore)(?![a-z])",
     number=r"[0-9]*\.[0-9]{0,20}(?:\\overline\{[0-9]{1,20}\}|(?P<again>[0-9]{1,9}?)(?P=again){1,9}\.\.\.)"  # 0.1666...
     r"|(?:[0-9]+ ?)?\\frac\{[0-9]+\}\{0*[1-9][0-9]*\}"
     # 3 1/2; not "6 and 1/3 of", nor what `_tokens` takes apart
@@ -351,6 +352,7 @@ _PATTERNS = dict(  # of tokens, by name; the first that matches counts
     other=r"\\[A-Za-z]+|.",
 )
 _TOKEN = re.compile("|".join(f"(?P<{name}>{pattern})" for name, pattern in _PATTERNS.items()), re.I | re.S)
+_GOES_ON = re.compile(r"\s*(?:[-+*/=]|\\times|\\cdot)")
 _KIND = dict(stop=";", number="n", percent="%", equals="=", near="~", factorial="!", open="(", close=")")
 _KIND |= dict(function="f", word="w", other="?")  # an operator's kind is its sign
 _OPERATORS = {"plus": "+", "minus": "-", "negative": "-", "times": "*", "multiplied by": "*", "x": "*", "per": "/"}
@@ -401,12 +403,11 @@ def _tokens(text: str) -> tuple[Token, ...]:
         if name == "skip":
             continue
         if name == "number":
-            goes_on = (
-                found and found[-1].kind == "=" and re.match(r"\s*(?:[-+*/=]|\\times|\\cdot)", text[end : end + 9])
-            )
-            # no mixed number: 12-3=9 and 9/3=3, 6*4=24 and 1/3*24=8
-            if m["whole"] and (int(m["above"]) >= int(m["below"]) or (goes_on and "and" in said)):
-                end, said = m.end("whole"), m["whole"]
+            if m["whole"]:
+                result = found and found[-1].kind == "=" and "and" in said
+                # no mixed number: 12-3=9 and 9/3=3, 6*4=24 and 1/3*24=8
+                if int(m["above"]) >= int(m["below"]) or (result and _GOES_ON.match(text, end, end + 9)):
+                    end, said = m.end("whole"), m["whole"]
             value = _number(said)
             name = "number" if value is not None else "other"
         kind = _KIND.get(name) or _OPERATORS.get(" ".join(said.lower().split()), said)
@@ -853,6 +854,7 @@ _RELATION = re.compile(r"\s*(<|>|\\[lg]e(?![a-z]))\s*")
 _WITHOUT = re.compile(r"\\mathbb\{?R\}?\s*\\(?:setminus|backslash)\s*\\\{(.*)\\\}|[A-Za-z]\s*\\ne\s*(.*)")
 _LITTLE = r"(?:the [a-z]+ is )?(?:(?:there|it|that|this|is|are|was|has|have|the|an?|exactly) )*"
 _NOUN = "(?:solutions?|numbers?|functions?|triangles?|days?|series|sequence|angles?|roots?|people|values?)"
+_LETTERED = re.compile(r"\(?([A-J])\)\s*(?=\S)")  # (B) in front of 12
 _OPTION = re.compile(  # B, b, Option B, (B) 300, B because ..., not B or C, not A-B; A and I are words as well
     r"\W*(?:(?:[Oo]ption|[Cc]hoice)\s+)?([A-J]|[a-j](?=\W*$))(?:\W*$|[).:,\]}]+\s*(?!\W*[A-J]\b|.*\([A-J]\))|(?<![AI])\s+(?:-\s+)?[a-z]{2,})"
 )
@@ -1003,9 +1005,9 @@ def _quick(completion: str, gold: str) -> bool | tuple[str, str]:
     answer = _read(answer)
     if not gold.text or (answer.units and gold.units and _units_differ(answer.units, gold.units)):
         return False
-    if gold.value is not None and (option := re.match(r"\(?[A-J]\)\s*(?=\S)", answer.text)):
+    if gold.value is not None and (option := _LETTERED.match(answer.text)):
         answer = _read(answer.whole[option.end() :])  # (B) 12
-    if option := re.match(r"\(?([A-J])\)\s*(?=\S)", gold.text):  # here too either of both will do
+    if option := _LETTERED.match(gold.text):  # here too either of both will do
         letter = _options_equal(answer, _read(option[1]))
         return _quick(completion, gold.whole[option.end() :]) if letter is None else letter
     if answer.name != gold.name and {answer.name, gold.name} <= {"x", "y", "z"}:  # the lines x = 3 and y = 3
@@ -1705,9 +1707,9 @@ def fidelity(expert: str, rewrite: str) -> float:
     first `_MOST` results of each text are compared, since that takes time in their product. Both are in one spelling.
     Source: our reconstruction.
     """
-    wanted = [s.right for s in statements(expert)]
-    kept = [(s.equals, s.right) for s in statements(rewrite)] + _free_numbers(rewrite)
-    if not wanted:
+    if wanted := [s.right for s in statements(expert)]:
+        kept = [(s.equals, s.right) for s in statements(rewrite)] + _free_numbers(rewrite)
+    else:
         wanted, kept = [value for _, value in _numbers(expert)], _numbers(rewrite)
     wanted, kept = wanted[:_MOST], [value for _, value in sorted(kept)[:_MOST]]
     row = [0] * (len(kept) + 1)
@@ -1746,9 +1748,8 @@ _STATED = re.compile(
     rf"(?:[0-9][0-9.,]*(?![0-9.,]|\s?{_SIGN}\s?[\d$(\\])|{_IN_WORDS})"
 )
 _RESULT = re.compile(r"\b(?:answer|result|total|outcome|solution)\b\s*(?:is|[:=]|equals|\\to)[\s*$\\]*\Z", re.I)
-_SENTENCE = re.compile(
-    r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)"
-)  # headings of two words left out
+# the first one, headings of two words left out
+_SENTENCE = re.compile(r"\s{0,9}(?:\W{0,9}\w+(?: \w+)?[.:]?\n\s*|\w+[.:]\s+)?(.*?)(?:[.!?;]\s|\n)")
 _WORKED = re.compile(
     rf"\d\s?(?:[a-z]{{1,20}}[\s/]{{0,3}}){{0,3}}{_SIGN}[\s$\\]*\d|[\w)}}]\s*{_SIGN}[\s$\\]*\Z|\d\s?[,:]\s*\Z", re.I
 )  # 60 km / 30 =; 12, 24, 36; 2:3 = 12:18
@@ -1810,9 +1811,9 @@ def _early(problem: str, expert: str, rewrite: str, answer: str) -> bool:
     if value is None or value in known:
         return False
     small = value in range(-12, 13)  # may count anything: only "She has 7", "The result is 7", or 7 alone on a line
-    told = first[1] if first else ""
-    counts = small and (len(told.split()) > 6 or not re.search(r"\d", told) or re.search("(?i)step", told))
-    if not counts and not re.search(rf"\||{_SIGN}", told) and [number for _, number in _numbers(told)] == [value]:
+    opening = first[1] if first else ""
+    counts = small and (len(opening.split()) > 6 or not re.search(r"\d", opening) or re.search("(?i)step", opening))
+    if not counts and not re.search(rf"\||{_SIGN}", opening) and [n for _, n in _numbers(opening)] == [value]:
         return True
     begun = claims[0].position if claims else 0
     front = [start for start, number in _free_numbers(rewrite) if number == value and start < begun]
@@ -1867,8 +1868,8 @@ def _math_cheats(problem: str, expert: str, rewrite: str, answer: str) -> dict[s
             len(_pieces(_read(c).text)) > 1 or re.search(r"\d\W{0,3} to \W{0,3}\d", c) or _OR.search(c) for c in inside
         )
         hedged = hedged or any(_apart(_OR.split(m[1])) for m in _EITHER.finditer(plain))
-        maybe = _MAYBE.match(behind)
-        hedged = hedged or (maybe and _apart([*inside, maybe[1]]))
+        if maybe := _MAYBE.match(behind):
+            hedged = hedged or _apart([*inside, maybe[1]])
     return {
         "early_answer": float(_early(problem, model, plain, answer)),
         "no_reasoning": float(length < 0.15 * expected or bool(skipped)),

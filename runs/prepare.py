@@ -255,7 +255,8 @@ def main():
         check(not local or Path(local).exists(), f"--local {local}: no such file or folder")
         if local and Path(local).is_file():
             check(Path(local).suffix in FILES, f"{local}: a file must end in {', '.join(FILES)}")
-            check(Path(local).read_bytes().strip(), f"{local} is empty")
+            with open(local, "rb") as file:
+                check(file.read(1 << 16).strip(), f"{local} is empty")
         source = SOURCES.get(name) or Source(name, None, None, "train", "", None, None)
         source = source._replace(**given)
         check(source.answer or source.kind != "code", f"{name}: --answer must name the column of the tests")
@@ -293,13 +294,15 @@ def prepare(
     kinds = [source.kind] * len(data)
     if name not in SOURCES and not args.kind and "kind" in data.column_names:
         kinds = [kind or source.kind for kind in data["kind"]]
-    for kind in dict.fromkeys(kinds):
-        check(kind in reward.KINDS, f"{name}: column 'kind' must hold {' or '.join(reward.KINDS)}, found {kind!r}")
-        check(source.answer or kind != "code", f"{name}: --answer must name the column of the tests")
-        reward.KINDS[kind].ready()
+        for kind in dict.fromkeys(kinds):
+            check(kind in reward.KINDS, f"{name}: column 'kind' must hold {' or '.join(reward.KINDS)}, found {kind!r}")
+            check(source.answer or kind != "code", f"{name}: --answer must name the column of the tests")
+            reward.KINDS[kind].ready()
 
     ids = [f"{stem}-{i}" for i in range(len(data))]
-    own = data["id"] if local == name and "id" in data.column_names else []  # rewrites are found by it in the file
+    own = (
+        list(data["id"]) if local == name and "id" in data.column_names else []
+    )  # rewrites are found by it in the file
     if own and all(isinstance(one, str) and one for one in own) and len(set(own)) == len(own):
         ids = own
 

@@ -9,7 +9,8 @@
 #   MODEL=FOLDER DEMONSTRATIONS=512 STEPS=128 bash runs/real.sh             # longer
 #
 # It can be stopped and started again. A stage's seconds (of its last attempt) are in OUT/STAGE/seconds, its tokens in
-# metrics.jsonl; the page of figures is OUT/report.html. On a CPU one process has all cores: two would hold engine, target and head twice.
+# metrics.jsonl; the page of figures is OUT/report.html. On a CPU one process has all cores: two would hold engine, target
+# and head twice.
 set -euo pipefail
 export PYTHONWARNINGS=ignore OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 MODEL="${MODEL:?a folder with a pretrained model that follows instructions, or its name on the hub}"

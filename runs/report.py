@@ -223,9 +223,9 @@ def figures(stages: list[Stage], found: list[dict], levels: dict[str, float]) ->
         for solver in dict.fromkeys(one["solve"] for one in found):
             some = [one for one in found if one["solve"] == solver and one["average"]]
             points = [(one[key], 100 * one["average"]["avg@n"]["value"], one["line"]) for one in some]
-            if solver is None or not points:
+            if solver is None:
                 lines += [(line, [x], [y]) for x, y, line in points]
-            else:
+            elif points:
                 lines.append((f"{solver.line} (direct RL)", *map(list, zip(*[(x, y) for x, y, _ in sorted(points)]))))
         cost.append((f"accuracy (%) against {axis}", axis, lines))
 

@@ -20,8 +20,7 @@ if [ "$NODES" -gt 1 ]; then
         : "${HOST:?with several nodes, set HOST to the first one, by the name that all of them know}"
         : "${NODE_RANK:?with several nodes, set NODE_RANK to 0 on HOST, to 1 on the next one, ...}"
     fi
-    LAUNCH=(--nnodes="$NODES" --node-rank="${NODE_RANK:-R}" --nproc-per-node="$PROCESSES")
-    LAUNCH+=(--rdzv-backend=c10d)
+    LAUNCH=(--nnodes="$NODES" --node-rank="${NODE_RANK:-R}" --nproc-per-node="$PROCESSES" --rdzv-backend=c10d)
 fi
 
 # stage NAME SCRIPT FLAGS...: runs it with --output_dir OUT/NAME once; the first node keeps its wall-clock seconds.

@@ -188,8 +188,8 @@ def test_page_of_what_there_is(two_nodes, tmp_path):
     assert report(tmp_path / "eval")[0] == 0
     told = (tmp_path / "eval/report.md").read_text()
     assert f"what sft has left of its base: {tmp_path}/gone/sft/model is not here" in told
-    row = lambda name: next(line for line in told.splitlines() if line.startswith(f"| {name} |")).split(" | ")  # noqa: E731
-    assert row("sft")[2:4] == ["-", "-"] and "-" not in row("dart")[1:4]
+    cells = {line.split(" | ")[0]: line.split(" | ") for line in told.splitlines() if line.startswith("| ")}
+    assert cells["| sft"][2:4] == ["-", "-"] and "-" not in cells["| dart"][1:4]
 
     (tmp_path / "empty").mkdir()
     code, told = report(tmp_path / "empty")
